@@ -1,0 +1,3 @@
+"""kcrprune: smaller vision transformers by reduction of kernel complexity."""
+
+__version__ = "0.1.0"
