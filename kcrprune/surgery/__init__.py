@@ -1,0 +1,1 @@
+"""What changes a live model; every verb ends in `_`."""
