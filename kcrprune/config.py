@@ -1,10 +1,26 @@
 """What a run is asked to do: every option once, with its meaning, its bounds and its default (no torch)."""
 
-from typing import Annotated, Literal, Self
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from kcrprune.errors import ConfigError
 from kcrprune.plan import AXES, Axis, Frozen
+
+RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -28,7 +44,9 @@ class RunConfig(Frozen):
 
     # the images
     data: str | None = Field(None, description="Image folder or timm dataset; without it images are generated.")
-    dataset: str = Field("", description="timm dataset type and name, such as hfds/cifar10 or wds/name; '' is a folder.")
+    dataset: str = Field(
+        "", description="timm dataset type and name, such as hfds/cifar10 or wds/name; '' is a folder."
+    )
     train_split: str = Field("train", description="Split that is trained on.")
     val_split: str = Field("validation", description="Split that is evaluated on.")
     class_map: str | None = Field(None, description="File that maps class names to indices.")
@@ -57,12 +75,16 @@ class RunConfig(Frozen):
     # search and recovery
     search_steps: NonNegativeInt = Field(60, description="Gate steps of the search; 0 plans from the scores alone.")
     search_lr: PositiveFloat = Field(0.03, description="Learning rate of the gates.")
-    search_weight_lr: NonNegativeFloat = Field(0.0, description="Learning rate of the weights in the search; 0 freezes.")
+    search_weight_lr: NonNegativeFloat = Field(
+        0.0, description="Learning rate of the weights in the search; 0 freezes."
+    )
     search_split: Share = Field(0.7, description="Share of the training images that weights learn on; gates: the rest.")
     temperature: PositiveFloat = Field(1.0, description="First temperature of the gates.")
     temperature_floor: PositiveFloat = Field(0.3, description="Last temperature of the gates.")
     recover_steps: NonNegativeInt = Field(60, description="Training steps after the cut.")
-    epochs: PositiveInt | None = Field(None, description="Length of search and of recovery in epochs, instead of steps.")
+    epochs: PositiveInt | None = Field(
+        None, description="Length of search and of recovery in epochs, instead of steps."
+    )
     batch_size: PositiveInt = Field(32, description="Images in a training step.")
     lr: PositiveFloat = Field(2e-5, description="Learning rate of the recovery.")
     weight_decay: NonNegativeFloat = Field(0.05, description="Weight decay of the recovery.")
@@ -90,3 +112,48 @@ class RunConfig(Frozen):
         if self.temperature_floor > self.temperature:
             raise ValueError(f"temperature_floor {self.temperature_floor} is above temperature {self.temperature}")
         return self
+
+
+def load_config(
+    recipe: str | None = None, file: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The configuration of a run: defaults, then the recipe, then the TOML file, then the flags; the later wins."""
+    flags = flags or {}
+    written = _read_toml(file) if file else {}
+    chosen = recipe or flags.get("recipe") or written.get("recipe") or "default"
+    try:
+        return RunConfig.model_validate({**_recipe(chosen), **written, **flags, "recipe": chosen})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, file, flags)) from None
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return tomllib.loads((resources.files("kcrprune") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ConfigError(f"{file}: is not a TOML file ({error})") from None
+
+
+def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
+    """The first complaint of pydantic with the option's name, the value and what the option means."""
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # about a combination of options
+        return reason
+    name = str(first["loc"][0])
+    where = "" if file is None or name in flags else f"{file}: "
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(name, RunConfig.model_fields)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`kcrprune compress --help` lists them all"
+        return f"{where}there is no option {name!r}; {hint}"
+    meaning = (RunConfig.model_fields[name].description or "").rstrip(".")
+    reason = "" if first["type"] == "string_pattern_mismatch" else f"{reason[0].lower()}{reason[1:]}; "
+    return f"{where}{name} = {first['input']!r} cannot work: {reason}{meaning}"
