@@ -8,6 +8,7 @@ from torch import nn
 
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.base import AttentionWidths, BlockSite, Family
+from kcrprune.families.features import FeatureTap, classifiers
 from kcrprune.families.swin import SWIN
 from kcrprune.families.vit import VIT
 from kcrprune.plan import Architecture
@@ -46,11 +47,14 @@ def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> 
     return model.eval()
 
 
-def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
-    """The last linear layers: one, two for a distilled network, none for a bare backbone."""
-    found = cast(Any, model).get_classifier()
-    found = found if isinstance(found, tuple) else (found,)
-    return tuple(layer for layer in found if isinstance(layer, nn.Linear))
-
-
-__all__ = ["FAMILIES", "AttentionWidths", "BlockSite", "Family", "build", "classifiers", "family_of", "sites"]
+__all__ = [
+    "FAMILIES",
+    "AttentionWidths",
+    "BlockSite",
+    "Family",
+    "FeatureTap",
+    "build",
+    "classifiers",
+    "family_of",
+    "sites",
+]

@@ -61,7 +61,7 @@ def _site(name: str, block: SwinTransformerBlock, entry: tuple[str, ...]) -> Blo
 
 
 class PrunedWindowAttention(nn.Module):
-    """timm's WindowAttention whose q/k and v widths differ; the state-dict keys and the softmax scale are dense ones."""
+    """timm's WindowAttention whose q/k and v widths differ; state-dict keys and softmax scale are the dense ones."""
 
     relative_position_index: Tensor
 

@@ -87,7 +87,7 @@ class PrunedAttention(nn.Module):
         self.proj = dense.proj
         self.proj_drop = dense.proj_drop
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002 (timm calls it)
         """Self-attention over (batch, N, D)."""
         query, value = self.num_heads * self.query_dim, self.num_heads * self.value_dim
         q, k, v = self.qkv(x).split([query, query, value], dim=-1)

@@ -1,0 +1,48 @@
+"""The features of an image: the pooled vector that enters the classifier."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
+    """The last linear layers: one, two for a distilled network, none for a bare backbone."""
+    found = model.get_classifier()  # type: ignore[operator]
+    found = found if isinstance(found, tuple) else (found,)
+    return tuple(layer for layer in found if isinstance(layer, nn.Linear))
+
+
+class FeatureTap:
+    """Keeps what enters the classifier during a forward pass; a context manager.
+
+    `features` is (batch, d): the classifier's input, those of both classifiers side by side for a distilled network,
+    or the output of a bare backbone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: list[Tensor] = []
+        heads = classifiers(model)
+        self._hooks = [head.register_forward_pre_hook(self._see_input) for head in heads]
+        if not heads:
+            self._hooks = [model.register_forward_hook(self._see_output)]
+
+    def _see_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen.append(inputs[0])
+
+    def _see_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._seen.append(output)
+
+    def take(self) -> Tensor:
+        """The features of the last pass, (batch, d); the tap is empty afterwards."""
+        features = torch.cat([x.flatten(1) for x in self._seen], dim=1)
+        self._seen.clear()
+        return features
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,109 @@
+"""Kernel complexity of features: spectrum, KC, truncated nuclear norm and its frozen basis.
+
+Letters: n images, d features of one image, r rank; F (n, d) features, K = F F^T their gram, C = F^T F / n.
+K / n and C have the same non-zero eigenvalues, so the n x n gram is never made.
+Source: Wang and Yang, arXiv 2507.12780; the bound is that of Bartlett, Bousquet and Mendelson (2005).
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Covariance:
+    """C, streamed in float64: O(n d^2) work and O(d^2) memory at any n."""
+
+    def __init__(self, features: int) -> None:
+        self.images = 0
+        self.total = torch.zeros(features, features, dtype=torch.float64)  # F^T F
+
+    def add_(self, features: Tensor) -> Self:
+        """Takes in features (batch, d)."""
+        batch = features.detach().to(torch.float64)
+        self.total += (batch.T @ batch).to(self.total.device)
+        self.images += len(batch)
+        return self
+
+    def merge_(self, other: "Covariance") -> Self:
+        """Takes in what another process has seen."""
+        self.total += other.total
+        self.images += other.images
+        return self
+
+    @property
+    def matrix(self) -> Tensor:
+        """C (d, d)."""
+        return self.total / max(1, self.images)
+
+    def spectrum(self) -> Tensor:
+        """The min(n, d) leading eigenvalues of K / n, descending, non-negative."""
+        eigenvalues = torch.linalg.eigvalsh(self.matrix).flip(0).clamp_min(0)
+        return eigenvalues[: min(self.images, len(eigenvalues))]
+
+    def basis(self, rank: int) -> Tensor:
+        """The r leading eigenvectors of C, (d, r)."""
+        return torch.linalg.eigh(self.matrix).eigenvectors[:, -rank:].flip(1)
+
+
+@dataclass(frozen=True)
+class KernelComplexity:
+    """KC of a spectrum with everything that a report shows.
+
+    KC is not scale-free: it falls when a network merely shrinks its features. `kc_normalised` is the KC of the
+    spectrum divided by its trace.
+    """
+
+    kc: float
+    h: int  # where the minimum lies
+    kc_normalised: float
+    trace: float
+    effective_rank: float  # exp of the entropy of the normalised spectrum (Roy and Vetterli, 2007)
+    images: int
+
+
+def kernel_complexity(spectrum: Tensor, images: int) -> KernelComplexity:
+    """KC = min over h in 0..n of h / n + sqrt(sum of the eigenvalues beyond h, divided by n).
+
+    `spectrum` is descending and holds the eigenvalues of K / n that are not zero for sure.
+    """
+    trace = float(spectrum.sum())
+    shares = spectrum / trace if trace > 0 else spectrum
+    kc, h = _smallest_bound(spectrum, images)
+    normalised, _ = _smallest_bound(shares, images)
+    entropy = float(-(shares * shares.clamp_min(1e-300).log()).sum())
+    return KernelComplexity(kc, h, normalised, trace, float(torch.tensor(entropy).exp()), images)
+
+
+def _smallest_bound(spectrum: Tensor, images: int) -> tuple[float, int]:
+    h = torch.arange(len(spectrum) + 1, dtype=torch.float64)  # beyond the spectrum the bound only grows
+    bounds = h / images + (tails(spectrum) / images).sqrt()
+    smallest = int(bounds.argmin())
+    return float(bounds[smallest]), smallest
+
+
+def tails(spectrum: Tensor) -> Tensor:
+    """TNN_r for r = 0..len(spectrum): the sum of the eigenvalues beyond the r largest."""
+    total = spectrum.flip(0).cumsum(0).flip(0)
+    return torch.cat([total, total.new_zeros(1)]).clamp_min(0)
+
+
+def rank_for(share: float, images: int, features: int) -> int:
+    """r = max(1, floor(share * min(n, d)))."""
+    return max(1, int(share * min(images, features)))
+
+
+def separable_tnn(features: Tensor, basis: Tensor) -> Tensor:
+    """Mean over images of ||f - V V^T f||^2 for features (batch, d) and an orthonormal basis V (d, r).
+
+    Equal to TNN_r of the data when V is current, never below it when V is stale (Ky Fan), and unbiased in a batch of
+    any size. Differentiable in the features.
+    """
+    inside = features @ basis.to(features)  # (batch, r)
+    return (features.square().sum(1) - inside.square().sum(1)).mean()
+
+
+def relative_tnn(features: Tensor, basis: Tensor) -> Tensor:
+    """TNN_r over the trace, so that shrinking the features gains nothing; in [0, 1]."""
+    return separable_tnn(features, basis) / features.square().sum(1).mean().clamp_min(1e-12)

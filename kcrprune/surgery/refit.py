@@ -1,0 +1,198 @@
+"""Closed-form correction of the linears behind a cut.
+
+Block after block, on the features that the already cut network produces: the linears that write to the residual
+stream are fitted so that the cut network's stream comes back to the dense network's, which corrects the errors made
+so far as well; fc1 behind `mlp_io` is fitted to its own dense output. No training, no labels, one pass.
+The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
+
+Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.families import BlockSite
+from kcrprune.plan import BlockPlan, ChannelPlan
+
+Streams = list[Tensor]  # the residual stream of each batch of images
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens that a ridge regression needs, in float64, for inputs with a column of ones appended."""
+
+    gram: Tensor  # (I + 1, I + 1)
+    cross: Tensor  # (I + 1, O), inputs times residuals
+
+    @classmethod
+    def for_linear(cls, linear: nn.Linear) -> "NormalEquations":
+        """Empty sums."""
+        size, like = linear.in_features + 1, {"dtype": torch.float64, "device": linear.weight.device}
+        return cls(torch.zeros(size, size, **like), torch.zeros(size, linear.out_features, **like))
+
+    def add_(self, linear: nn.Linear, z: Tensor, y: Tensor) -> None:
+        """Takes in tokens: inputs z (n, I), targets y (n, O)."""
+        residual = y - nn.functional.linear(z, linear.weight, linear.bias)
+        ones = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+        self.gram += (ones.T @ ones).double()
+        self.cross += (ones.T @ residual).double()
+
+    def correction(self, ridge: float, *, bias: bool) -> Tensor:
+        """The change of (W, b) that minimises squared residuals plus e times its own square, (O, I + 1).
+
+        e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
+        this data never grow.
+        """
+        e = ridge * float(self.gram.diagonal()[:-1].mean()) + 1e-12
+        penalty = torch.full_like(self.gram.diagonal(), e)
+        penalty[-1] = 1e-6 * e if bias else 1e9 * float(self.gram.trace())  # free, or held at zero
+        return torch.linalg.solve(self.gram + torch.diag(penalty), self.cross).T
+
+
+@torch.no_grad()
+def refit_(
+    pruned: nn.Module,
+    dense: nn.Module,
+    sites: Sequence[BlockSite],
+    plan: ChannelPlan,
+    batches: Sequence[Tensor],
+    *,
+    ridge: float = 1e-3,
+    on_block: Callable[[int], None] = lambda done: None,
+) -> nn.Module:
+    """Refits every linear of `pruned` behind a cut, towards `dense`, on `batches` of images.
+
+    `sites` are those of the dense model. Memory: two residual streams of all images.
+    """
+    device = next(pruned.parameters()).device
+    dense_streams = [_input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
+    cut_streams = [_input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
+    for done, (site, block) in enumerate(zip(sites, plan.blocks, strict=True), start=1):
+        for name in site.entry:
+            _advance_(dense.get_submodule(name), dense_streams, device)
+            _advance_(pruned.get_submodule(name), cut_streams, device)
+        pair = _BlockPair(dense.get_submodule(site.name), pruned.get_submodule(site.name), site, block, ridge, device)
+        pair.refit_(dense_streams, cut_streams)
+        on_block(done)
+    return pruned
+
+
+@dataclass
+class _BlockPair:
+    """One block in its dense and its cut form."""
+
+    dense: nn.Module
+    cut: nn.Module
+    site: BlockSite
+    block: BlockPlan
+    ridge: float
+    device: torch.device
+
+    def refit_(self, dense_streams: Streams, cut_streams: Streams) -> None:
+        """Refits what is cut, and moves both streams behind the block, batch by batch in place."""
+        block = self.block
+        if not (block.heads.is_all and all(kept.is_all for kept in block.attn_value)):
+            self._refit_proj_(dense_streams, cut_streams)
+        if not block.mlp_io.is_all:
+            self._refit_fc1_(dense_streams, cut_streams)
+        _advance_(self.dense, dense_streams, self.device)
+        if not (block.mlp_io.is_all and block.mlp_hidden.is_all):
+            self._refit_fc2_(dense_streams, cut_streams)
+        _advance_(self.cut, cut_streams, self.device)
+
+    def _refit_proj_(self, dense_in: Streams, cut_in: Streams) -> None:
+        proj = self._part(self.cut, self.site.attn, "proj")
+        gamma = self._layer_scale(self.site.scale1)
+        sums = NormalEquations.for_linear(proj)
+        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
+            stream = cut_stream.to(self.device)
+            z = _input_of(self.cut, f"{self.site.attn}.proj", stream)
+            target = _input_of(self.dense, self.site.norm2, dense_stream.to(self.device))
+            wanted = self._as_attention_sees(target.view_as(stream) - stream)
+            real = self._as_attention_sees(torch.ones_like(stream)).flatten(0, -2)[:, 0] > 0  # no window padding
+            sums.add_(proj, z.flatten(0, -2)[real], wanted.flatten(0, -2)[real] / gamma)
+        _correct_(proj, sums, self.ridge)
+
+    def _refit_fc1_(self, dense_in: Streams, cut_in: Streams) -> None:
+        fc1 = self._part(self.cut, self.site.mlp, "fc1")
+        io = torch.tensor(self.block.mlp_io.indices, device=self.device)
+        hidden = torch.tensor(self.block.mlp_hidden.indices, device=self.device)
+        sums = NormalEquations.for_linear(fc1)
+        for dense_stream, stream in zip(dense_in, cut_in, strict=True):
+            z = _input_of(self.cut, f"{self.site.mlp}.fc1", stream.to(self.device))
+            y = self._part(self.dense, self.site.mlp, "fc1")(
+                _input_of(self.dense, f"{self.site.mlp}.fc1", dense_stream.to(self.device))
+            )
+            sums.add_(fc1, z.flatten(0, -2)[:, io], y.flatten(0, -2)[:, hidden])
+        _correct_(fc1, sums, self.ridge)
+
+    def _refit_fc2_(self, dense_out: Streams, cut_in: Streams) -> None:
+        fc2 = self._part(self.cut, self.site.mlp, "fc2")
+        io = torch.tensor(self.block.mlp_io.indices, device=self.device)
+        gamma = self._layer_scale(self.site.scale2)
+        sums = NormalEquations.for_linear(fc2)
+        for target, stream in zip(dense_out, cut_in, strict=True):
+            stream = stream.to(self.device)
+            z = _input_of(self.cut, f"{self.site.mlp}.fc2", stream)
+            middle = _input_of(self.cut, self.site.norm2, stream)
+            wanted = (target.to(self.device).view_as(middle) - middle) / gamma
+            sums.add_(fc2, z.flatten(0, -2), wanted.flatten(0, -2)[:, io])
+        _correct_(fc2, sums, self.ridge)
+
+    def _as_attention_sees(self, stream: Tensor) -> Tensor:
+        """A stream in the order of attention's tokens (windowed, shifted, padded), without the norm before it."""
+        norm = self.cut.get_submodule(self.site.norm1)
+        hook = norm.register_forward_hook(lambda module, inputs, output: inputs[0])
+        try:
+            return _input_of(self.cut, self.site.attn, stream)
+        finally:
+            hook.remove()
+
+    def _layer_scale(self, name: str | None) -> Tensor:
+        """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
+        if name is None:
+            return torch.ones((), device=self.device)
+        gamma = self.cut.get_submodule(name).gamma
+        return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
+
+    def _part(self, block: nn.Module, *names: str) -> nn.Linear:
+        linear = block.get_submodule(".".join(names))
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the module whose input was wanted."""
+
+
+def _input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What the module `name` receives when `model` runs on x; the rest of the pass is skipped."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        model(x)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
+    for index, stream in enumerate(streams):
+        streams[index] = module(stream.to(device)).cpu()
+
+
+def _correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
+    change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
+    linear.weight += change[:, :-1].to(linear.weight)
+    if linear.bias is not None:
+        linear.bias += change[:, -1].to(linear.bias)
