@@ -1,0 +1,68 @@
+"""Tables of text for people: numbers with their units, and Markdown."""
+
+from dataclasses import dataclass
+
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; every row is as long as the header."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, its first column left-aligned and the others right-aligned."""
+    rule = (":--", *["--:"] * (len(table.header) - 1))
+    lines = [_line(table.header), f"|{'|'.join(rule)}|", *map(_line, table.rows)]
+    return "\n".join([f"## {escaped(table.title)}", "", *lines])
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(escaped(cell) for cell in cells)} |"
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, safe between two bars."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def count(number: float) -> str:
+    """A quantity with a decimal prefix: 9,876, then 22.05 M, 4.60 G."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if prefix == 'k' else size):.2f} {prefix}"
+    return f"{number:,.0f}"
+
+
+def file_size(number: float) -> str:
+    """Bytes as 88.27 MB."""
+    return f"{count(number)}{'B' if number >= 1e4 else ' B'}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 as 84.65 %."""
+    return f"{100 * share:.2f} %"
+
+
+def figure(number: float) -> str:
+    """Four significant digits."""
+    return f"{number:.4g}"
+
+
+def milliseconds(number: float) -> str:
+    """A time in ms."""
+    return f"{number:.1f} ms"
+
+
+def duration(seconds: float) -> str:
+    """A time as 8.3 s, 2 min 05 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
