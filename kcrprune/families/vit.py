@@ -6,7 +6,6 @@ PrunedAttention stands in for timm's Attention; everything else keeps timm's for
 
 from typing import cast
 
-
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp

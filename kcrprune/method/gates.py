@@ -35,17 +35,17 @@ class ChannelGate(nn.Module):
         return self.logits.sigmoid()
 
     def sample_(self, temperature: float, generator: torch.Generator) -> None:
-        """value = sigmoid((a + e1 - e0) / t) with e0, e1 ~ Gumbel(0, 1), so e1 - e0 ~ Logistic(0, 1)."""
+        """Sets value = sigmoid((a + e1 - e0) / t) with e0, e1 ~ Gumbel(0, 1), so e1 - e0 ~ Logistic(0, 1)."""
         uniform = torch.rand(self.logits.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
         logistic = (uniform.log() - (1 - uniform).log()).to(self.logits.device)
         self.value = ((self.logits + logistic) / temperature).sigmoid()
 
     def harden_(self, mask: Tensor) -> None:
-        """value = mask, zeros and ones (channels,)."""
+        """Sets value = mask, zeros and ones (channels,)."""
         self.value = mask.to(self.logits)
 
     def open_per_image_(self, images: int) -> None:
-        """value = ones (B, channels), a leaf whose gradient tells what each channel means to each image."""
+        """Sets value = ones (B, channels), a leaf whose gradient tells what each channel means to each image."""
         self.value = torch.ones(images, *self.logits.shape, device=self.logits.device, requires_grad=True)
 
 
@@ -55,7 +55,9 @@ class QkvGate(nn.Module):
     A gated q channel removes its product with k, so k needs no gate of its own.
     """
 
-    def __init__(self, query: ChannelGate | None, value: ChannelGate | None, heads: ChannelGate | None, dim: int) -> None:
+    def __init__(
+        self, query: ChannelGate | None, value: ChannelGate | None, heads: ChannelGate | None, dim: int
+    ) -> None:
         super().__init__()
         self.query, self.value, self.heads = query, value, heads
         self.dim = dim  # channels of one head

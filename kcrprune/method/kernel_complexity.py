@@ -90,7 +90,7 @@ def tails(spectrum: Tensor) -> Tensor:
 
 
 def rank_for(share: float, images: int, features: int) -> int:
-    """r = max(1, floor(share * min(n, d)))."""
+    """Rank r = max(1, floor(share * min(n, d)))."""
     return max(1, int(share * min(images, features)))
 
 

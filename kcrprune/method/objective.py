@@ -55,9 +55,7 @@ class Objective:
     def _task(self, model: nn.Module, output: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         parts = {}
         if self.use_labels:
-            parts["labels"] = F.cross_entropy(
-                output, labels, ignore_index=UNLABELLED, label_smoothing=self.smoothing
-            )
+            parts["labels"] = F.cross_entropy(output, labels, ignore_index=UNLABELLED, label_smoothing=self.smoothing)
         if self.use_dense:
             with torch.no_grad():
                 wanted = self.dense(images).float()

@@ -16,7 +16,9 @@ from kcrprune.surgery.swap import swap_
 class GatedLinear(nn.Linear):
     """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one."""
 
-    def __init__(self, linear: nn.Linear, *, in_gate: nn.Module | None = None, out_gate: nn.Module | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, *, in_gate: nn.Module | None = None, out_gate: nn.Module | None = None
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.in_gate, self.out_gate = in_gate, out_gate
@@ -30,7 +32,7 @@ class GatedLinear(nn.Linear):
 
 
 def _times(x: Tensor, gate: Tensor) -> Tensor:
-    """x (rows, ..., C) times a gate (C,) of all images or (B, C) of each; an image's windows are adjacent rows."""
+    """Product of x (rows, ..., C) and a gate, (C,) of all images or (B, C) of each; an image's windows are adjacent rows."""
     if gate.ndim == 2:
         gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
         gate = gate.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])

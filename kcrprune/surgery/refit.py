@@ -164,7 +164,7 @@ class _BlockPair:
         return linear
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Ends a forward pass at the module whose input was wanted."""
 
 
@@ -174,12 +174,12 @@ def _input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise _Reached
+        raise _ReachedError
 
     hook = model.get_submodule(name).register_forward_pre_hook(stop)
     try:
         model(x)
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         hook.remove()

@@ -1,0 +1,104 @@
+"""What every training stage shares: the device, an endless stream of batches, the kernel term's basis."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kcrprune.config import RunConfig
+from kcrprune.errors import ConfigError
+from kcrprune.method.kernel_complexity import Covariance, rank_for
+from kcrprune.method.objective import Objective
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def open_accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerator on the asked device; `auto` is a GPU where there is one, in bf16, else the CPU in fp32.
+
+    ConfigError names a device that this machine lacks.
+    """
+    chosen = _available_device(device)
+    if precision == "auto":
+        precision = "bf16" if chosen.startswith("cuda") else "fp32"
+    if precision == "fp16" and chosen == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; on the CPU use fp32 or bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may ask for another device
+    if chosen.startswith("cuda:"):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
+    return Accelerator(cpu=chosen == "cpu", mixed_precision=MIXED[precision])
+
+
+def _available_device(device: str) -> str:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if has_cuda else 0
+        if int(device.partition(":")[2] or 0) >= count:
+            raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
+    if device == "mps" and not has_mps:
+        raise ConfigError("device 'mps' is not here; use auto or cpu")
+    return device
+
+
+def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch of (images, labels)."""
+    while True:
+        yield from batches
+
+
+class BasisKeeper:
+    """Refreshes an objective's kernel basis every few steps from the features seen since the last time."""
+
+    def __init__(self, objective: Objective, rank_share: float, every: int) -> None:
+        self.objective = objective
+        self.rank_share = rank_share
+        self.every = every
+        self.seen: Covariance | None = None
+        self.steps = 0
+
+    def see_(self, features: Tensor) -> None:
+        """Takes in the features (batch, d) of one step."""
+        if self.objective.kernel_weight == 0:
+            return
+        self.seen = self.seen or Covariance(features.shape[1])
+        self.seen.add_(features)
+        self.steps += 1
+        if self.steps % self.every == 0 or self.objective.basis is None:
+            rank = rank_for(self.rank_share, self.seen.images, features.shape[1])
+            self.objective.basis = self.seen.basis(rank).to(features)
+            if self.steps % self.every == 0:
+                self.seen = None
+
+
+def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Objective:
+    """The losses that a run asks for; ConfigError where it wants labels and there are none."""
+    labelled = labelled and config.labels
+    if config.task == "labels" and not labelled:
+        raise ConfigError("task 'labels' needs labelled images and a network with a head; use task 'distill'")
+    return Objective(
+        dense=dense,
+        use_labels=labelled and config.task != "distill",
+        use_dense=config.task != "labels",
+        kernel_weight=config.kernel_weight,
+        relative=config.kernel_norm == "relative",
+        smoothing=config.smoothing,
+        temperature=config.distill_temperature,
+    )
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, model: nn.Module, batches: DataLoader, device: torch.device) -> float:
+    """Mean task loss of `model` in eval mode, without the kernel term."""
+    total, images = 0.0, 0
+    for inputs, labels in batches:
+        loss = objective(model, inputs.to(device), labels.to(device))
+        parts = {name: part for name, part in loss.parts.items() if name in ("labels", "distill")}
+        total += sum(parts.values()) * len(inputs)
+        images += len(inputs)
+    return total / max(1, images)

@@ -1,0 +1,136 @@
+"""The search: learns gate logits under the budget, and hands them back as scores.
+
+Logits live on the scale of a price: log of (score lost for a MAC saved). Shifting them all by one constant is raising
+or lowering that price, and after every step the constant is chosen so that the expected MACs are the budget. So the
+budget is met at all times, by construction.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kcrprune.config import RunConfig
+from kcrprune.events import Listener, StepDone
+from kcrprune.method.budget import Scores, channel_macs, expected_macs
+from kcrprune.method.gates import Gates, temperature_at
+from kcrprune.method.objective import Loss, Objective
+from kcrprune.training.loop import BasisKeeper
+
+SPREAD = 1.5  # standard deviation of the first logits (a choice of ours: most gates start undecided, few saturate)
+LIMIT = 4.0  # largest first logit, so that no gate starts beyond the reach of its gradient
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found: scores for the budget solver, and how it went."""
+
+    scores: Scores
+    history: list[dict[str, float]]
+
+
+def search_(
+    model: nn.Module,
+    gates: Gates,
+    scores: Scores,
+    dense_macs: int,
+    objective: Objective,
+    config: RunConfig,
+    accelerator: Accelerator,
+    weight_batches: Batches,
+    gate_batches: Batches,
+    *,
+    steps: int,
+    listener: Listener,
+) -> Searched:
+    """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0."""
+    generator = torch.Generator().manual_seed(config.seed)
+    start_logits_(gates, scores)
+    shift_to_budget_(gates, dense_macs, config.target_flops)
+    weights = [p for p in model.parameters() if all(p is not logits for logits in gates.parameters())]
+    for weight in weights:
+        weight.requires_grad_(config.search_weight_lr > 0)
+    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=config.search_lr)
+    weight_optimizer = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
+    keeper = BasisKeeper(objective, config.kernel_rank, config.kernel_every)
+    history = []
+    for step in range(steps):
+        temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
+        if config.search_weight_lr > 0:
+            gates.sample_(temperature, generator)
+            _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
+        gates.sample_(temperature, generator)
+        loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
+        keeper.see_(loss.features)
+        shift_to_budget_(gates, dense_macs, config.target_flops)
+        share = float(expected_macs(dense_macs, gates).detach()) / dense_macs
+        history.append({"step": step + 1, "temperature": temperature, "expected_macs": share} | loss.parts)
+        listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
+    for weight in weights:
+        weight.requires_grad_(requires_grad=True)
+    return Searched(learned_scores(gates), history)
+
+
+def _step_(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    clip_grad: float,
+) -> Loss:
+    images, labels = (tensor.to(accelerator.device) for tensor in next(batches))
+    with accelerator.autocast():
+        loss = objective(model, images, labels)
+    optimizer.zero_grad()
+    model.zero_grad()
+    accelerator.backward(loss.total)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
+    optimizer.step()
+    return loss
+
+
+@torch.no_grad()
+def start_logits_(gates: Gates, scores: Scores) -> None:
+    """Sets the logits to the standardised log of score for a MAC."""
+    prices = []
+    for site, axis, _ in gates:
+        price = scores[site.name][axis].flatten().clamp_min(1e-30).log() - torch.tensor(channel_macs(site, axis)).log()
+        prices.append(price)
+    everything = torch.cat(prices)
+    middle, spread = everything.median(), everything.std().clamp_min(1e-6)
+    for price, (_, _, gate) in zip(prices, gates, strict=True):
+        gate.logits.copy_(((price - middle) / spread * SPREAD).clamp(-LIMIT, LIMIT))
+
+
+@torch.no_grad()
+def shift_to_budget_(gates: Gates, dense_macs: int, target: float) -> None:
+    """Adds one constant to all logits, by bisection, so that the expected MACs are `target` of the dense ones."""
+    low, high = -30.0, 30.0
+    originals = [gate.logits.clone() for _, _, gate in gates]
+    for _ in range(40):
+        middle = (low + high) / 2
+        for original, (_, _, gate) in zip(originals, gates, strict=True):
+            gate.logits.copy_(original + middle)
+        if float(expected_macs(dense_macs, gates)) > target * dense_macs:
+            high = middle
+        else:
+            low = middle
+
+
+@torch.no_grad()
+def learned_scores(gates: Gates) -> Scores:
+    """Logits as scores that the budget solver ranks alike: exp(logit) times the MACs of the channel."""
+    found: dict[str, dict] = {site.name: {} for site in gates.sites}
+    for site, axis, gate in gates:
+        score = gate.logits.double().exp() * channel_macs(site, axis)
+        found[site.name][axis] = gates.shaped(site, axis, score).cpu()
+    return found
+
+
+__all__ = ["Searched", "learned_scores", "search_", "shift_to_budget_", "start_logits_"]
