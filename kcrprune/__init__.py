@@ -1,3 +1,73 @@
-"""kcrprune: smaller vision transformers by reduction of kernel complexity."""
+"""kcrprune: smaller vision transformers by reduction of kernel complexity.
+
+    import kcrprune
+
+    result = kcrprune.compress("swin_t.pth", target_flops=0.7)
+    model = kcrprune.load(result.folder)  # a plain torch.nn.Module
+
+torch and timm load when a verb is called, not before.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kcrprune.config import RunConfig, load_config
+from kcrprune.errors import KcrPruneError
+from kcrprune.events import Listener, ignore
+from kcrprune.plan import ChannelPlan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kcrprune.artifact.onnx import ExportResult
+    from kcrprune.measure.report import ModelReport
+    from kcrprune.pipeline import RunResult
 
 __version__ = "0.1.0"
+__all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report"]
+
+AnyPath = str | PathLike[str]
+
+
+def compress(
+    checkpoint: AnyPath,
+    *,
+    out: AnyPath | None = None,
+    recipe: str | None = None,
+    config: AnyPath | None = None,
+    listener: Listener = ignore,
+    **settings: Any,
+) -> "RunResult":
+    """Cuts the network in a checkpoint to a share of its MACs; returns the run's folder and its before and after.
+
+    `settings` are the fields of `RunConfig`; they win over the TOML file `config`, which wins over the recipe.
+    """
+    from kcrprune import pipeline
+
+    run = load_config(recipe, None if config is None else Path(config), settings)
+    return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener)
+
+
+def load(path: AnyPath) -> "nn.Module":
+    """The network in a run's folder or a checkpoint: a plain module on the CPU, in eval mode."""
+    from kcrprune.artifact.checkpoint import open_model
+
+    return open_model(Path(path)).model
+
+
+def export_onnx(model: AnyPath, onnx: AnyPath | None = None, *, listener: Listener = ignore) -> "ExportResult":
+    """Writes the network in a run's folder or a checkpoint as ONNX and compares it with PyTorch; raises if they differ.
+
+    Without `onnx` the file lies beside the model.
+    """
+    from kcrprune import pipeline
+
+    return pipeline.export(Path(model), None if onnx is None else Path(onnx), listener)
+
+
+def report(*models: AnyPath, latency: bool = False, listener: Listener = ignore) -> "tuple[ModelReport, ...]":
+    """The figures of each model: architecture, MACs, parameters, kept widths; with `latency` also milliseconds."""
+    from kcrprune import pipeline
+
+    return pipeline.report([Path(model) for model in models], latency=latency, listener=listener)

@@ -43,7 +43,9 @@ class RunConfig(Frozen):
     exclude: tuple[str, ...] = Field((), description="Blocks whose name matches one of these patterns stay whole.")
 
     # the images
-    data: str | None = Field(None, description="Image folder or timm dataset; without it images are generated.")
+    data: str | None = Field(
+        None, description="Image folder or timm dataset; where there is none, compress generates images."
+    )
     dataset: str = Field(
         "", description="timm dataset type and name, such as hfds/cifar10 or wds/name; '' is a folder."
     )

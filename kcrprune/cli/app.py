@@ -1,0 +1,82 @@
+"""The Typer app; an error becomes one line and an exit code."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from kcrprune import __version__
+from kcrprune.cli import commands, render
+from kcrprune.cli.options import GroupedCommand, OnnxCommand
+from kcrprune.errors import KcrPruneError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Plain help: Typer's rich one costs 0.2 s of imports, and puts escape codes into pipes on some CI systems.
+app = typer.Typer(name="kcrprune", add_completion=False, rich_markup_mode=None)
+for command in (commands.compress, commands.report, commands.evaluate, commands.inspect, commands.demo):
+    app.command(cls=GroupedCommand)(command)
+app.command(cls=OnnxCommand)(commands.export)
+
+
+def _show_version(*, wanted: bool) -> None:
+    if wanted:
+        render.line(f"kcrprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda value: _show_version(wanted=value),
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Smaller vision transformers: a checkpoint in, a cut network and a verified ONNX file out."""
+
+
+def main() -> None:
+    """The program `kcrprune`."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # other libraries' notices to developers; `python -W` brings them back
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    try:
+        return get_command(app).main(list(arguments) or ["--help"], prog_name="kcrprune", standalone_mode=False) or 0
+    except KcrPruneError as error:
+        return _fail(error, str(error), error.exit_code)
+    except typer.TyperException as error:  # a misspelt option, a missing argument
+        return _fail(error, _usage(error), error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(error, str(error), 1)
+    except Exception as error:  # the last line of defence, so that a user sees a sentence
+        return _fail(error, f"unexpected {type(error).__name__}: {error} (KCRPRUNE_TRACEBACK=1 shows where)", 1)
+
+
+def _usage(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)  # the command that the mistake was made in
+    program = context.command_path if context else "kcrprune"
+    return f"{error.format_message().replace('Value error, ', '')} (see `{program} --help`)"
+
+
+def _fail(error: Exception, sentence: str, code: int) -> int:
+    if os.environ.get("KCRPRUNE_TRACEBACK"):
+        render.failure("".join(traceback.format_exception(error)).rstrip())
+    render.failure(f"error: {' '.join(sentence.split())}")
+    return code

@@ -1,0 +1,152 @@
+"""The options of the commands: every setting of `RunConfig` as a flag, and the few that are no settings."""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+from kcrprune.config import RunConfig
+
+PANELS: Final = {  # the first setting of each group in the help
+    "target_flops": "What to reach",
+    "data": "The images",
+    "arch": "The network, where its file does not tell",
+    "scores": "Before and after the cut",
+    "search_steps": "Search and recovery",
+    "task": "The losses",
+    "seed": "The machine",
+}
+SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
+
+NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
+IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device", "precision")
+
+Format = Literal["table", "json", "markdown"]
+
+CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file with weights, or its folder.")]
+FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="Anything that may hold weights; nothing in it is run.")]
+ModelArg = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, a run's folder or an ONNX file.")]
+OtherArg = Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")]
+RunArg = Annotated[
+    Path | None,
+    typer.Argument(metavar="MODEL", help="A checkpoint or a run's folder; else the newest run below this folder."),
+]
+ConfigOpt = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings; flags win over it.")
+]
+OutOpt = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of this run, new; else kcrprune-runs/NAME.")
+]
+OnnxOpt = Annotated[
+    Path | None,
+    typer.Option("--onnx", metavar="[FILE]", help="Write ONNX to FILE; without FILE, beside the model."),
+]
+LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]
+FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
+
+
+def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds an option for each named setting (all, if none is named); `given` receives those that were used."""
+    chosen = names or tuple(RunConfig.model_fields)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_settings(**arguments: Any) -> None:
+            values = {name: arguments.pop(name) for name in chosen}
+            given = {name: _split(name, value) for name, value in values.items() if value is not None}
+            command(**arguments, given=given)
+
+        own = [parameter for name, parameter in signature(command).parameters.items() if name != "given"]
+        with_settings.__signature__ = Signature([*own, *map(_option, chosen)])  # type: ignore[attr-defined]
+        return with_settings
+
+    return decorate
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its options by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes one section for each panel, in the order of the parameters."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panel = getattr(parameter, "rich_help_panel", None) or title
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(panel, []).append(record)
+        for title in sorted(sections, key=lambda title: title in PANELS.values()):  # settings last; the sort is stable
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+
+class OnnxCommand(GroupedCommand):
+    """A command whose `--onnx` may stand without a file name, which Typer cannot express."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Gives a bare `--onnx` an empty value."""
+        followers = [*args[1:], "-"]
+        bare = [arg == "--onnx" and follower.startswith("-") for arg, follower in zip(args, followers, strict=True)]
+        return super().parse_args(ctx, ["--onnx=" if empty else arg for arg, empty in zip(args, bare, strict=True)])
+
+
+def flag(name: str) -> str:
+    """The long flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def panel(name: str) -> str:
+    """The group of the help that a setting stands in."""
+    title = "Settings"
+    for field in RunConfig.model_fields:
+        title = PANELS.get(field, title)
+        if field == name:
+            break
+    return title
+
+
+def _option(name: str) -> Parameter:
+    kind = _kind(name)
+    declarations = [SHORT[name]] if name in SHORT else []
+    declarations.append(f"{flag(name)}/--no-{name.replace('_', '-')}" if kind is bool else flag(name))
+    info = typer.Option(
+        *declarations,
+        help=_help(name),
+        metavar="A,B,..." if kind is tuple else None,
+        rich_help_panel=panel(name),
+        show_default=False,
+    )
+    annotation = Annotated[Union[str if kind is tuple else kind, None], info]  # noqa: UP007 (`kind` is a value)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _kind(name: str) -> Any:
+    """The type of a setting as Typer knows it; `tuple` for lists, which are written with commas."""
+    annotation = RunConfig.model_fields[name].annotation
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(member for member in get_args(annotation) if member is not NoneType)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return tuple if get_origin(annotation) is tuple else annotation
+
+
+def _help(name: str) -> str:
+    field = RunConfig.model_fields[name]
+    default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    if default is None or default == "":
+        return str(field.description)
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f"{field.description} [default: {default}]"
+
+
+def _split(name: str, value: Any) -> Any:
+    if _kind(name) is not tuple:
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]

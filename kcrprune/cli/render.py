@@ -1,0 +1,124 @@
+"""Everything that is printed: results to standard output, progress and errors to standard error."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pydantic import TypeAdapter
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
+from kcrprune.events import Listener
+from kcrprune.measure import tables
+from kcrprune.measure.report import Comparison, Inspection, ModelReport, notes_of, tables_of, to_markdown
+
+if TYPE_CHECKING:  # these modules import torch
+    from kcrprune.artifact.onnx import ExportResult
+    from kcrprune.pipeline import RunResult
+    from kcrprune.training.evaluate import Evaluation
+
+WIDE = 10_000  # columns of a pipe or a file, where nothing needs to wrap
+
+
+def progress(*, quiet: bool) -> AbstractContextManager[Listener]:
+    """A listener that shows a running job: live in a terminal, as lines elsewhere, warnings only if quiet."""
+    console = _console(sys.stderr)
+    if quiet:
+        return QuietProgress(console)
+    return LiveProgress(console) if console.is_interactive else PlainProgress(console)
+
+
+def run(result: "RunResult", *, as_json: bool = False) -> None:
+    """Before and after of a run, and where it lies."""
+    if as_json:
+        _json(result)
+        return
+    _described(result.comparison)
+    line(f"The run is in {result.folder}")
+
+
+def reports(found: Sequence[ModelReport], *, form: str) -> None:
+    """One model, or models side by side."""
+    if form == "json":
+        _json(list(found))
+    elif form == "markdown":
+        line(to_markdown(found).rstrip())
+    else:
+        _described(found)
+
+
+def exported(result: "ExportResult", *, as_json: bool = False) -> None:
+    """What was written, and how near ONNX Runtime comes to PyTorch."""
+    if as_json:
+        _json(result)
+        return
+    batches = ", ".join(map(str, result.batch_sizes))
+    size = tables.file_size(result.bytes)
+    line(f"{result.path}: {size}, {result.nodes} nodes, opset {result.opset}")
+    line(
+        f"ONNX Runtime computes what PyTorch does at batch sizes {batches}: "
+        f"largest difference {result.max_abs_diff:.1e}, allowed {result.tolerance:.1e}"
+    )
+
+
+def evaluation(result: "Evaluation", *, as_json: bool = False) -> None:
+    """How a model did on images."""
+    if as_json:
+        _json(result)
+        return
+    shares = (("top-1", result.top1), ("top-5", result.top5), ("agreement", result.agreement))
+    figures = [f"{name} {tables.percent(value)}" for name, value in shares if value is not None]
+    figures += [] if result.loss is None else [f"loss {tables.figure(result.loss)}"]
+    line(f"{', '.join(figures)} on {result.images:,} images")
+
+
+def inspection(found: Inspection, *, as_json: bool = False) -> None:
+    """What a file is."""
+    if as_json:
+        _json(found)
+    else:
+        _described(found)
+
+
+def line(text: str) -> None:
+    """One line of the result; never wrapped or coloured."""
+    _print(_console(sys.stdout), text)
+
+
+def failure(text: str) -> None:
+    """What went wrong."""
+    _print(_console(sys.stderr), text)
+
+
+def _described(what: Comparison | Inspection | Sequence[ModelReport]) -> None:
+    console = _console(sys.stdout)
+    for table in tables_of(what):
+        console.print(_drawn(table))
+    for note in notes_of(what):
+        _print(console, note)
+
+
+def _drawn(table: tables.Table) -> RichTable:
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(table.header):
+        drawn.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def _json(data: Any) -> None:
+    line(TypeAdapter(type(data)).dump_json(data, indent=2).decode())
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _console(stream: TextIO) -> Console:
+    """Rich decides on colour by the stream, NO_COLOR and FORCE_COLOR."""
+    return Console(file=stream, width=None if stream.isatty() else WIDE, emoji=False)
