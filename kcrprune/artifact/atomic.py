@@ -1,0 +1,68 @@
+"""Files that are either whole or absent."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from kcrprune.errors import KcrPruneError, OutputExistsError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Has `write` fill a temporary file in the folder of `path`, then gives it that name in one step.
+
+    A failed or interrupted write leaves nothing at `path`. Missing folders are made and the umask decides the mode.
+    OutputExistsError where `path` is taken, unless `replace` says that the old file is to be superseded.
+    """
+    path = Path(path)
+    if not replace and (path.exists() or path.is_symlink()):
+        raise OutputExistsError(taken(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _create(path)
+    except OSError as error:
+        raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # a writer may have replaced the file by one of its own mode
+        _flush(temporary)
+        _publish(temporary, path, replace=replace)
+        _flush(path.parent)
+    except OSError as error:
+        raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def taken(path: Path) -> str:
+    """The sentence that says that an output path is in use."""
+    return f"{path} exists already and nothing is overwritten; choose another path or remove it"
+
+
+def _create(path: Path) -> Path:
+    """A new empty file beside `path`; unlike `tempfile`, it has the mode that the umask gives."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary
+
+
+def _publish(temporary: Path, path: Path, *, replace: bool) -> None:
+    if replace:
+        temporary.replace(path)
+        return
+    try:
+        path.hardlink_to(temporary)  # unlike a rename, fails where somebody took the name meanwhile
+    except FileExistsError as error:
+        raise OutputExistsError(taken(path)) from error
+    except OSError:  # a file system without hard links
+        temporary.rename(path)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "posix" or path.is_file():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,84 @@
+"""What a checkpoint says about its network beside the shapes of its tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import JsonValue
+
+# timm's arguments that shapes cannot tell; everything else is measured, so a file's word for it is not needed
+BELIEVED: Final = frozenset({"num_heads", "global_pool", "img_size", "window_size", "act_layer"})
+
+
+@dataclass(frozen=True)
+class Clues:
+    """One source's statements; `source` is how people are told where they come from.
+
+    `arguments` are timm's, restricted to BELIEVED and checked against the shapes; `preprocessing` has timm's names.
+    """
+
+    source: str = ""
+    name: str | None = None
+    arguments: Mapping[str, JsonValue] = field(default_factory=dict)
+    norm_eps: float | None = None
+    preprocessing: Mapping[str, JsonValue] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All clues of a checkpoint, most trusted first."""
+
+    clues: tuple[Clues, ...] = ()
+
+    def argument(self, name: str) -> tuple[JsonValue, str]:
+        """The most trusted value of a timm argument with its source; (None, "") where nobody says."""
+        for clue in self.clues:
+            if name in clue.arguments:
+                return clue.arguments[name], clue.source
+        return None, ""
+
+    @property
+    def name(self) -> tuple[str | None, str]:
+        """The network's name with its source."""
+        return next(((clue.name, clue.source) for clue in self.clues if clue.name), (None, ""))
+
+    @property
+    def norm_eps(self) -> tuple[float | None, str]:
+        """The layer norms' epsilon with its source."""
+        found = ((clue.norm_eps, clue.source) for clue in self.clues if clue.norm_eps is not None)
+        return next(found, (None, ""))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in the order of the head's outputs."""
+        return next((clue.class_names for clue in self.clues if clue.class_names), None)
+
+
+def believed(arguments: Any) -> dict[str, JsonValue]:
+    """The part of somebody's keyword arguments that is used."""
+    if not isinstance(arguments, Mapping):
+        return {}
+    return {key: value for key, value in arguments.items() if key in BELIEVED and value is not None}
+
+
+def as_size(value: Any) -> int | None:
+    """A positive integer below 2**16 as itself, a pair of equal ones as one of them; None for anything else."""
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return value if type(value) is int and 0 < value < 2**16 else None
+
+
+def as_text(value: Any) -> str | None:
+    """A short text as itself, None for anything else."""
+    return value if isinstance(value, str) and 0 < len(value) <= 200 else None
+
+
+def as_names(value: Any, count: int) -> tuple[str, ...] | None:
+    """`count` class names in order, from a list or from a table by index (Hugging Face's id2label)."""
+    if isinstance(value, Mapping):
+        value = [value.get(str(index), value.get(index)) for index in range(min(count, len(value)))]
+    if not isinstance(value, list | tuple) or len(value) != count or not all(isinstance(name, str) for name in value):
+        return None
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(value))  # transformers' placeholder
+    return None if unnamed else tuple(value)

@@ -1,0 +1,132 @@
+"""Any dense network from a file or folder: recognised, brought to timm's names, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from kcrprune.artifact.clues import Clues, Evidence
+from kcrprune.artifact.container import open_container
+from kcrprune.artifact.contents import read_all
+from kcrprune.artifact.evidence import stated
+from kcrprune.artifact.inference import difference, infer
+from kcrprune.artifact.known import known
+from kcrprune.artifact.loading import load_dense
+from kcrprune.artifact.locate import locate
+from kcrprune.artifact.preprocessing import Flags, preprocessing_of
+from kcrprune.errors import ConfigError
+from kcrprune.families import family_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from typing import Any
+
+    from torch import nn
+
+    from kcrprune.artifact.inference import Inferred
+    from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network that was opened from disk; one type for every source. `model` is in eval mode, float32, on the CPU."""
+
+    model: nn.Module
+    architecture: Architecture
+    preprocessing: Preprocessing
+    plan: ChannelPlan | None  # None: a dense network
+    class_names: tuple[str, ...] | None
+    layout: str  # for people: "torchvision Swin", "kcrprune artifact"
+    notes: tuple[str, ...]  # how each thing is known, one sentence each
+    path: Path
+    digest: str  # sha256 of the file or files
+    record: dict[str, Any] = field(default_factory=dict)  # the run that made an artifact
+    foreign_names: tuple[str, ...] = ()  # what a pickle mentions and nobody runs
+
+
+def open_dense(
+    path: Path,
+    *,
+    arch: str | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> Opened:
+    """The dense network in a checkpoint that somebody else wrote; the keywords are the user's own words.
+
+    CheckpointError for a file that is damaged, unknown or not clear; UnsupportedModelError for a network that cannot
+    be cut; ConfigError for a keyword that contradicts the file.
+    """
+    contents = open_container(path)
+    located = locate(contents)
+    tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    classes = next((shapes[name][0] for name in ("head.weight", "head.fc.weight") if name in shapes), 0)
+    flags = Clues(source="as asked", name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
+    evidence = Evidence((flags, *stated(contents, classes), located.layout.clues(contents.config, shapes)))
+    inferred = infer(shapes, evidence, path)
+    sized, size_notes = with_size(inferred, img_size)
+    final, head_notes = with_head(sized, num_classes, path)
+    model = load_dense(final.architecture, tensors, path, new_head=bool(num_classes) and classes == 0)
+    family = family_of(model).name
+    return Opened(
+        model=model,
+        architecture=final.architecture.model_copy(update={"family": family}),
+        preprocessing=preprocessing_of(final, evidence, Flags(mean, std, interpolation, crop_pct)),
+        plan=None,
+        class_names=evidence.class_names,
+        layout=f"{located.layout.name}, {contents.container}",
+        notes=(*contents.notes, *located.notes, *inferred.notes, *size_notes, *head_notes),
+        path=path,
+        digest=digest(contents.files),
+        foreign_names=contents.foreign_names,
+    )
+
+
+def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple[str, ...]]:
+    """The same network at the image size that the user asks for."""
+    own = inferred.network.img_size
+    patch = inferred.network.patch_size
+    if img_size is None or img_size == own:
+        return inferred, (f"image size {own}: the file, patches of {patch}",)
+    if img_size % patch:
+        raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
+    resized = "position table" if inferred.network.kind != "swin" else "windows"
+    note = f"image size {img_size}: as asked, {resized} of {own} resized by timm"
+    return changed(inferred, img_size=img_size), (note,)
+
+
+def with_head(inferred: Inferred, num_classes: int | None, path: Path) -> tuple[Inferred, tuple[str, ...]]:
+    """The network with a new classifier where the file has none and the user asks for one."""
+    own = inferred.network.num_classes
+    if num_classes is None or num_classes == own:
+        return inferred, ("no classifier in the file; --num-classes gives it a new one",) if own == 0 else ()
+    if own:
+        raise ConfigError(f"{path} has a classifier for {own} classes; --num-classes {num_classes} contradicts it")
+    return changed(inferred, num_classes=num_classes), (
+        f"a new, untrained classifier for {num_classes} classes: as asked",
+    )
+
+
+def changed(inferred: Inferred, **values: int) -> Inferred:
+    """The same network with other arguments."""
+    network = replace(inferred.network, **values)
+    arguments = difference(network, known(network.name))
+    architecture = inferred.architecture.model_copy(update={"arguments": arguments})
+    return replace(inferred, network=network, architecture=architecture)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """The sha256 of some files, one after the other."""
+    total = sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                total.update(block)
+    return total.hexdigest()

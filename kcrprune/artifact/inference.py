@@ -1,0 +1,202 @@
+"""From a measured network to a timm name with arguments, with one sentence for each thing that shapes cannot tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import JsonValue
+
+from kcrprune.artifact.clues import Evidence
+from kcrprune.artifact.known import Kind, Known, known, table
+from kcrprune.artifact.measured import Shapes, measure
+from kcrprune.errors import CheckpointError, ConfigError
+from kcrprune.plan import Architecture
+
+# a network of each kind whose arguments are overridden where no known one has the sizes
+PLAIN: Final[dict[Kind, str]] = {
+    "vit": "vit_base_patch16_224",
+    "distilled": "deit_base_distilled_patch16_224",
+    "swin": "swin_tiny_patch4_window7_224",
+}
+KINDS: Final[dict[Kind, str]] = {
+    "vit": "VisionTransformer",
+    "distilled": "distilled VisionTransformer",
+    "swin": "SwinTransformer",
+}
+TRAITS: Final = (
+    "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "class_token", "reg_tokens", "no_embed_class",
+    "layer_scale", "pre_norm", "final_norm", "fc_norm", "pos_embed", "global_pool", "window_size",
+)  # fmt: skip
+ACTIVATIONS: Final[dict[Any, str]] = {
+    "gelu": "GELU",
+    "quick_gelu": "QuickGELU",
+    "gelu_tanh": "GELUTanh",
+    "gelu_pytorch_tanh": "GELUTanh",
+}
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What the network is; `certain` is False where the name only lends its class and not its sizes."""
+
+    architecture: Architecture
+    network: Known  # with the name of the architecture
+    certain: bool
+    notes: tuple[str, ...]
+
+
+def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
+    """The timm name and arguments of a network; CheckpointError with the way out where something cannot be known."""
+    measured = measure(shapes, evidence)
+    base, certain, notes = _base(measured, evidence, path)
+    if not measured.num_heads:
+        heads, why = _heads(measured, base, evidence, path)
+        measured = replace(measured, num_heads=heads)
+        notes = (*notes, why)
+    else:
+        notes = (*notes, f"heads {measured.num_heads}: columns of the position bias tables")
+    act, act_note = _activation(measured, base, evidence)
+    network = replace(measured, name=base.name, act=act, norm_eps=base.norm_eps)
+    eps, eps_source = evidence.norm_eps
+    if eps is not None and eps != base.norm_eps:
+        notes = (*notes, f"layer norms use epsilon {eps:g}: {eps_source}")
+    else:
+        eps = None
+    architecture = Architecture(
+        family="swin" if measured.kind == "swin" else "vit",
+        name=base.name,
+        arguments=difference(network, base),
+        norm_eps=eps,
+    )
+    return Inferred(architecture, network, certain, (*notes, *act_note))
+
+
+def _base(measured: Known, evidence: Evidence, path: Path) -> tuple[Known, bool, tuple[str, ...]]:
+    name, source = evidence.name
+    if name is not None:
+        row = known(name)
+        if row.kind != measured.kind:
+            raise ConfigError(
+                f"{path} holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}; leave it out or "
+                "name a network of the right kind"
+            )
+        same = row.sizes == measured.sizes
+        sizes = "" if same else f", with the sizes of the file: width {measured.embed_dim}, depth {measured.depth}"
+        return row, True, (f"architecture {row.name}: {source}{sizes}",)
+    ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, path))
+    if not ranked:
+        row = known(PLAIN[measured.kind])
+        sizes = f"width {measured.embed_dim}, depth {measured.depth}, hidden {measured.hidden}"
+        return row, False, (f"architecture {row.name} with other sizes: no network of timm has {sizes}",)
+    best = ranked[0]
+    twins = [
+        row.name for row in ranked[1:] if _distance(row, measured, path)[:-1] == _distance(best, measured, path)[:-1]
+    ]
+    also = f" (also fits: {', '.join(twins)}; --arch chooses)" if twins else ""
+    return best, True, (f"architecture {best.name}: its sizes and parts are those of the file{also}",)
+
+
+def _same_size(measured: Known) -> list[Known]:
+    return [row for row in table() if row.kind == measured.kind and row.sizes == measured.sizes]
+
+
+def _distance(row: Known, measured: Known, path: Path) -> tuple[int, ...]:
+    """Orders the networks of one size: different parts first, then patch, image and classes, last the file's name."""
+    parts = sum(getattr(row, trait) != getattr(measured, trait) for trait in TRAITS)
+    plain = row.act not in ("GELU",)
+    numbers = [
+        abs(row.patch_size - measured.patch_size),
+        abs(row.img_size - measured.img_size),
+        row.num_classes != measured.num_classes,
+    ]
+    return (parts, plain, *numbers, not path.name.startswith(row.name))
+
+
+def _heads(measured: Known, base: Known, evidence: Evidence, path: Path) -> tuple[int, str]:
+    said, source = evidence.argument("num_heads")
+    name, name_source = evidence.name
+    if said is not None:
+        if type(said) is not int or said < 1 or measured.embed_dim % said:
+            raise ConfigError(f"{said!r} heads ({source}) do not divide the width {measured.embed_dim} of {path}")
+        return said, f"heads {said}: {source}"
+    if name is not None and base.embed_dim == measured.embed_dim and isinstance(base.num_heads, int):
+        return base.num_heads, f"heads {base.num_heads}: {base.name} ({name_source})"
+    rows = _same_size(measured)
+    alike = [row for row in rows if all(getattr(row, t) == getattr(measured, t) for t in TRAITS)] or rows
+    counts = sorted({row.num_heads for row in alike if isinstance(row.num_heads, int)})
+    if len(counts) != 1:
+        raise CheckpointError(_ask_for_heads(measured, alike, path))
+    return counts[0], (
+        f"heads {counts[0]}: every network of timm with width {measured.embed_dim}, depth {measured.depth} and "
+        f"{measured.hidden} hidden units has them ({len(alike)} in the table)"
+    )
+
+
+def _ask_for_heads(measured: Known, rows: Sequence[Known], path: Path) -> str:
+    sizes = f"width {measured.embed_dim}, depth {measured.depth} and {measured.hidden} hidden units"
+    if rows:
+        candidates = ", ".join(f"{row.name} has {row.num_heads}" for row in rows[:6])
+        return f"{path}: known networks with {sizes} differ in their heads ({candidates}); say --arch or --num-heads"
+    divisors = [heads for heads in range(1, 65) if measured.embed_dim % heads == 0]
+    likely = ", ".join(
+        f"{heads} (of {measured.embed_dim // heads} channels)"
+        for heads in divisors
+        if 16 <= measured.embed_dim // heads <= 128
+    )
+    candidates = f"; candidates: {likely}" if likely else ""
+    return (
+        f"{path}: the number of heads is not in the file and no known network has {sizes}; say --num-heads{candidates}"
+    )
+
+
+def _activation(measured: Known, base: Known, evidence: Evidence) -> tuple[str, tuple[str, ...]]:
+    said, source = evidence.argument("act_layer")
+    if said is None:
+        return base.act, ()
+    if said not in ACTIVATIONS:
+        raise CheckpointError(
+            f"the activation {said!r} ({source}) is not one that kcrprune knows: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[said], (f"activation {said}: {source}",) if ACTIVATIONS[said] != base.act else ()
+
+
+def difference(network: Known, base: Known) -> dict[str, JsonValue]:
+    """The timm arguments that turn the registered `base` into `network`."""
+    plain = ("embed_dim", "patch_size", "img_size", "num_classes", "in_chans", "qkv_bias")
+    if network.kind == "swin":
+        arguments = _changed(network, base, (*plain, "num_heads", "window_size"))
+        if network.depth != base.depth:
+            arguments["depths"] = _json(network.depth)
+    else:
+        flags = ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "class_token", "reg_tokens", "no_embed_class",
+                 "pre_norm", "final_norm")  # fmt: skip
+        arguments = _changed(network, base, (*plain, "depth", "num_heads", *flags)) | _vit_parts(network, base)
+    ratio = network.hidden / network.embed_dim
+    if ratio != base.hidden / base.embed_dim:
+        exact = int(network.embed_dim * ratio) == network.hidden
+        arguments["mlp_ratio"] = ratio if exact else (network.hidden + 0.5) / network.embed_dim
+    return arguments
+
+
+def _vit_parts(network: Known, base: Known) -> dict[str, JsonValue]:
+    arguments: dict[str, JsonValue] = {}
+    if network.layer_scale != base.layer_scale:
+        arguments["init_values"] = 1e-5 if network.layer_scale else None
+    if network.pos_embed != base.pos_embed:
+        arguments["pos_embed"] = "learn" if network.pos_embed else "none"
+    if network.act != base.act:
+        arguments["act_layer"] = next(name for name, act in ACTIVATIONS.items() if act == network.act)
+    if (network.global_pool, network.fc_norm) != (base.global_pool, base.fc_norm):
+        arguments["global_pool"] = network.global_pool
+        if network.kind == "vit":
+            arguments["fc_norm"] = network.fc_norm
+    return arguments
+
+
+def _changed(network: Known, base: Known, names: Sequence[str]) -> dict[str, JsonValue]:
+    return {name: _json(getattr(network, name)) for name in names if getattr(network, name) != getattr(base, name)}
+
+
+def _json(value: Any) -> JsonValue:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,143 @@
+"""Weights into a network, and only if every one of them has its place."""
+
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Final, cast
+
+import timm.models.deit
+import timm.models.swin_transformer
+import timm.models.vision_transformer
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from kcrprune.artifact.contents import Shape
+from kcrprune.artifact.known import is_known
+from kcrprune.artifact.measured import DEEPEST
+from kcrprune.errors import CheckpointError
+from kcrprune.families import build, classifiers
+from kcrprune.plan import Architecture, ChannelPlan
+from kcrprune.surgery.pruned import apply_plan_
+
+Tensors = dict[str, Tensor]
+LARGEST_CUT: Final = 100  # ours; a network cut to a hundredth is no network
+
+# what `inference.difference` writes
+ARGUMENTS: Final = {
+    "act_layer", "class_token", "depth", "depths", "embed_dim", "fc_norm", "final_norm", "global_pool",
+    "img_size", "in_chans", "init_values", "mlp_ratio", "no_embed_class", "num_classes", "num_heads",
+    "patch_size", "pos_embed", "pre_norm", "qk_norm", "qkv_bias", "reg_tokens", "scale_attn_norm",
+    "scale_mlp_norm", "window_size",
+}  # fmt: skip
+
+
+def load_dense(architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False) -> nn.Module:
+    """The network of an architecture with these weights, which timm's conversion may rename or resize.
+
+    The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
+    `new_head` the file has no classifier and the network gets a fresh one.
+    """
+    outline = build_quietly(architecture, device="meta")
+    fitted = fit(tensors, outline)
+    heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
+    wanted = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
+    check_fit(expected, {name: tuple(value.shape) for name, value in fitted.items()}, path)
+    check_memory(wanted, outline, path)
+    model = build_quietly(architecture)
+    model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
+    return model.float().eval()
+
+
+def check_outline(
+    architecture: Architecture, plan: ChannelPlan | None, shapes: Mapping[str, Shape], path: Path
+) -> None:
+    """CheckpointError where an architecture that a file states is not the network of the file's tensors.
+
+    Built on the meta device, so a false statement costs nothing.
+    """
+    outline = state(architecture, path)
+    dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    check_memory(dense, outline, path)
+    if plan is not None:
+        apply_plan_(outline, plan)
+    cut = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    check_fit(cut, shapes, path)
+    if shapes.keys() != cut.keys():
+        raise CheckpointError(
+            f"{path} holds tensors that its network has no place for: {_some(sorted(shapes.keys() - cut))}"
+        )
+    if _count(dense) > LARGEST_CUT * max(_count(cut), 10**5):
+        raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
+
+
+def state(architecture: Architecture, path: Path) -> nn.Module:
+    """The outline, on the meta device, of a network that a file names; CheckpointError for what timm cannot build."""
+    arguments = architecture.arguments
+    if not is_known(architecture.name) or not arguments.keys() <= ARGUMENTS:
+        raise CheckpointError(
+            f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
+        )
+    depths = arguments.get("depths", arguments.get("depth", 1))
+    if not all(
+        type(depth) is int and 0 < depth <= DEEPEST for depth in (depths if isinstance(depths, list) else [depths])
+    ):
+        raise CheckpointError(f"{path} states a depth that cannot be: {str(depths)[:80]}")
+    try:
+        return build_quietly(architecture, device="meta")
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path} states a network that timm cannot build: {str(error)[:200]}") from error
+
+
+def build_quietly(architecture: Architecture, *, device: str = "cpu") -> nn.Module:
+    """`build`, with fresh weights that depend on nothing, and leaving the caller's random state alone."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return build(architecture, device=device)
+
+
+def fit(tensors: Tensors, model: nn.Module) -> Tensors:
+    """The weights under the names and in the sizes that `model` wants, by timm's own conversion; in float32."""
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    if isinstance(model, SwinTransformer):
+        return timm.models.swin_transformer.checkpoint_filter_fn(floats, model)
+    return timm.models.vision_transformer.checkpoint_filter_fn(floats, cast(Any, model), adapt_layer_scale=True)
+
+
+def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:
+    """CheckpointError where a tensor is missing, has another shape, or has no place in the network's modules."""
+    missing = sorted(wanted.keys() - given.keys())
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its network: {_some(missing)}")
+    for name in sorted(wanted):
+        if given[name] != wanted[name]:
+            raise CheckpointError(f"{path}: {name} has the shape {given[name]}, its network wants {wanted[name]}")
+    modules = {name.split(".")[0] for name in wanted}
+    strange = sorted(name for name in given.keys() - wanted.keys() if name.split(".")[0] in modules)
+    if strange:
+        raise CheckpointError(
+            f"{path} holds {len(strange)} tensors that timm's network has no place for ({_some(strange)}), "
+            "so it is another network than it seems"
+        )
+
+
+def check_memory(wanted: Mapping[str, Shape], outline: nn.Module, path: Path) -> None:
+    """CheckpointError where the network would not fit into this machine's memory twice."""
+    weights = _count(wanted)
+    buffers = sum(buffer.numel() for buffer in outline.buffers())  # a Swin's attention masks grow with the image
+    needed = 2 * 4 * (weights + buffers)
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > available:
+        raise CheckpointError(
+            f"{path} needs {needed / 2**30:.1f} GB of memory, this machine has {available / 2**30:.1f}"
+        )
+
+
+def _count(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

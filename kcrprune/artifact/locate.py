@@ -1,0 +1,127 @@
+"""Which tensors of a file are the network's: wrappers opened, the layout recognised, prefixes removed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from kcrprune.artifact.contents import Contents, TensorRef
+from kcrprune.artifact.layouts import LAYOUTS
+from kcrprune.artifact.layouts.base import Layout
+from kcrprune.artifact.layouts.refused import REFUSED
+from kcrprune.errors import CheckpointError, UnsupportedModelError
+
+Refs = Mapping[str, TensorRef]
+
+# what training code calls the weights, best first: averages before the last step, a teacher before its student
+WRAPPERS: Final[dict[str, str]] = {
+    "state_dict_ema": "moving average (EMA) of a timm training checkpoint",
+    "model_ema": "moving average (EMA) of a training checkpoint",
+    "ema_state_dict": "moving average (EMA) of a training checkpoint",
+    "ema": "moving average (EMA) of a training checkpoint",
+    "teacher": "teacher of a self-distilled network",
+    "target_encoder": "target encoder of a self-supervised network",
+    "state_dict": "training checkpoint",
+    "model": "checkpoint with a model entry",
+    "model_state_dict": "training checkpoint",
+    "model_state": "training checkpoint",
+    "module": "training checkpoint",
+    "net": "training checkpoint",
+    "network": "training checkpoint",
+    "params": "training checkpoint",
+    "weights": "training checkpoint",
+    "encoder": "encoder of a self-supervised network",
+    "student": "student of a self-distilled network",
+}
+PREFERRED: Final = ("teacher", "ema", "base_encoder")  # words in a prefix, where a file holds several networks
+DEEPEST = 4  # ours; wrappers inside wrappers
+
+
+@dataclass(frozen=True)
+class Located:
+    """The network's tensors under the names of their layout, and where they lay."""
+
+    refs: Refs
+    layout: Layout
+    trail: tuple[str, ...]  # keys of the wrappers that were opened
+    prefix: str
+    left_out: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where the weights were found, for people."""
+        notes = [f"weights: {'.'.join(self.trail)}, the {WRAPPERS.get(self.trail[-1], 'entry')}"] if self.trail else []
+        if self.prefix:
+            notes.append(f"prefix {self.prefix!r} removed")
+        if self.left_out:
+            some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+            notes.append(f"{len(self.left_out)} tensors that are not the network's left out: {some}")
+        return tuple(notes)
+
+
+def locate(contents: Contents) -> Located:
+    """The network of a file; UnsupportedModelError for a known one that cannot be cut, else CheckpointError."""
+    candidates = list(islice(_state_dicts(contents.tree), 64))
+    for trail, refs in candidates:
+        shapes = {name: ref.shape for name, ref in refs.items()}
+        for refused in REFUSED:
+            if refused.matches(shapes):
+                raise UnsupportedModelError(
+                    f"{contents.path} holds a {refused.name}, which cannot be cut: {refused.reason}"
+                )
+        for layout in LAYOUTS:
+            for prefix in _prefixes(refs, layout.anchor):
+                found = _strip(refs, prefix, layout)
+                if layout.matches({name: ref.shape for name, ref in found.items()}):
+                    return _located(trail, refs, found, prefix, layout)
+    raise CheckpointError(_nothing(contents, candidates))
+
+
+def _state_dicts(tree: Any, trail: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refs]]:
+    """Every table of tensors, best first."""
+    if not isinstance(tree, Mapping):
+        return
+    refs = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+    if refs:
+        yield trail, refs
+    if len(trail) < DEEPEST:
+        known = [key for key in WRAPPERS if key in tree]
+        others = [key for key in tree if isinstance(key, str) and key not in WRAPPERS]
+        for key in (*known, *others):
+            yield from _state_dicts(tree[key], (*trail, key))
+
+
+def _prefixes(refs: Refs, anchor: str) -> list[str]:
+    """What stands before an anchor, preferred ones first."""
+    found = [name.removesuffix(anchor) for name in refs if name == anchor or name.endswith("." + anchor)]
+
+    def rank(prefix: str) -> tuple[int, int, str]:
+        word = next((index for index, word in enumerate(PREFERRED) if word in prefix), len(PREFERRED))
+        return word, len(prefix), prefix
+
+    return sorted(found, key=rank)
+
+
+def _strip(refs: Refs, prefix: str, layout: Layout) -> Refs:
+    """The tensors behind a prefix, and those that the layout keeps beside it."""
+    inside = {name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)}
+    parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
+    beside = {name: refs[parent + name] for name in layout.outside if parent + name in refs and name not in inside}
+    return {name: ref for name, ref in (inside | beside).items() if not name.startswith(layout.dropped or ("\0",))}
+
+
+def _located(trail: tuple[str, ...], refs: Refs, found: Refs, prefix: str, layout: Layout) -> Located:
+    taken = {id(ref) for ref in found.values()}
+    left_out = tuple(sorted(name for name, ref in refs.items() if id(ref) not in taken))
+    return Located(found, layout, trail, prefix, left_out)
+
+
+def _nothing(contents: Contents, candidates: list[tuple[tuple[str, ...], Refs]]) -> str:
+    if not candidates:
+        return f"{contents.path} is a {contents.container} without named weights"
+    names = [name for _, refs in candidates for name in refs]
+    some = ", ".join(name[:60] for name in names[:3])
+    return (
+        f"{contents.path} is a {contents.container} with {len(names)} tensors ({some}, ...), but no ViT or Swin "
+        "that kcrprune knows"
+    )
