@@ -1,0 +1,117 @@
+"""The house rules that no linter knows: imports point down, nothing heavy loads early, files stay small."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "kcrprune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = ("kcrprune", "tests", "docs", ".github", ".ci")
+WRITTEN = {".py", ".md", ".toml", ".yml", ".json", ""}  # suffixes of text; .ci/run has none
+
+LAYERS = (  # from high to low; a unit imports itself or a lower layer
+    {"__main__"},
+    {"__init__", "cli"},
+    {"pipeline"},
+    {"training", "artifact"},
+    {"surgery"},
+    {"method"},
+    {"families", "measure"},
+    {"config"},
+    {"plan"},
+    {"events"},
+    {"errors"},
+)
+RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
+HEAVY = {"torch", "torchvision", "timm", "fvcore", "onnx", "onnxruntime", "accelerate", "numpy", "safetensors"}
+LONGEST_FILE = 350  # lines
+LONGEST_FUNCTION = 60  # lines: what fits on a screen
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(source: str) -> Iterator[str]:
+    """The units of kcrprune that a module's source imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "kcrprune":
+            names = [f"kcrprune.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("kcrprune."))
+
+
+def violations(unit: str, source: str) -> list[str]:
+    allowed = {other for other, rank in RANK.items() if rank > RANK[unit]} | {unit}
+    if unit == "__init__":
+        allowed |= RANK.keys() - {"__main__", "cli"}
+    return [other for other in imported_units(source) if other not in allowed]
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """The name and the content of every text of the repository but this one."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*"))]
+    for path in files:
+        if path.is_file() and path.suffix in WRITTEN and path != Path(__file__).resolve():
+            yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+
+
+def test_imports_point_down():
+    found = {str(path): violations(unit_of(path), path.read_text(encoding="utf-8")) for path in MODULES}
+    assert not {name: units for name, units in found.items() if units}
+
+
+@pytest.mark.parametrize(
+    ("unit", "source"),
+    [
+        ("training", "from kcrprune.artifact.checkpoint import open_model"),
+        ("method", "def late():\n    import kcrprune.pipeline.compress"),
+        ("plan", "from kcrprune import config"),
+    ],
+)
+def test_an_import_that_points_up_or_sideways_is_found(unit, source):
+    assert violations(unit, source)
+
+
+def test_every_unit_has_its_layer():
+    assert {unit_of(path) for path in MODULES} == RANK.keys()
+
+
+def test_the_package_and_its_command_line_load_nothing_heavy():
+    code = "import sys, kcrprune.cli.app, kcrprune.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "kcrprune.config" in loaded.split()
+    assert not HEAVY & set(loaded.split())
+
+
+def test_files_and_functions_stay_small():
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in MODULES}
+    long = [name for name, source in sources.items() if source.count("\n") > LONGEST_FILE]
+    long += [
+        f"{name}:{node.name}"
+        for name, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+    ]
+    assert not long
+
+
+def test_names_say_what_is_inside():
+    assert not {"utils", "util", "helpers", "common", "misc"} & {path.stem for path in MODULES}
+
+
+def test_no_text_names_one_machine_or_leaves_work_undone():
+    machine = re.compile(r"(?<![\w.])/(work|root|home/\w+)/\w")
+    undone = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+    assert not [name for name, text in texts() if machine.search(text) or undone.search(text)]
