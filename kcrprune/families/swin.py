@@ -5,7 +5,7 @@ bias table has one column a head, which goes when the head goes.
 """
 
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
@@ -32,16 +32,16 @@ def refusal(model: nn.Module) -> str | None:
 def sites(model: nn.Module) -> tuple[BlockSite, ...]:
     """Every block of every stage, from the input to the head."""
     found = []
-    for stage_index, stage in enumerate(cast(SwinTransformer, model).layers):
+    for stage_index, stage in enumerate(cast(Any, model).layers):
         for index, block in enumerate(stage.blocks):
             starts_stage = index == 0 and stage_index > 0
             entry = (f"layers.{stage_index}.downsample",) if starts_stage else ()
             name = f"layers.{stage_index}.blocks.{index}"
-            found.append(_site(name, cast(SwinTransformerBlock, block), entry))
+            found.append(_site(name, block, entry))
     return tuple(found)
 
 
-def _site(name: str, block: SwinTransformerBlock, entry: tuple[str, ...]) -> BlockSite:
+def _site(name: str, block: Any, entry: tuple[str, ...]) -> BlockSite:
     rows, columns = block.input_resolution
     padded_rows = ceil(rows / block.window_size[0]) * block.window_size[0]
     padded_columns = ceil(columns / block.window_size[1]) * block.window_size[1]
@@ -74,7 +74,8 @@ class PrunedWindowAttention(nn.Module):
         self.window_area = dense.window_area
         table = dense.relative_position_bias_table.detach()[:, list(widths.heads)].clone()
         self.relative_position_bias_table = nn.Parameter(table)  # (offsets, h)
-        self.register_buffer("relative_position_index", dense.relative_position_index, persistent=False)
+        index = cast(Tensor, dense.relative_position_index)
+        self.register_buffer("relative_position_index", index, persistent=False)
         self.qkv = dense.qkv
         self.attn_drop = dense.attn_drop
         self.proj = dense.proj

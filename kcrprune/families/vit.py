@@ -4,7 +4,7 @@ What is unusual: q, k and v of a pruned attention may have two widths, which tim
 PrunedAttention stands in for timm's Attention; everything else keeps timm's forward.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from timm.layers.attention import Attention
@@ -37,13 +37,12 @@ def sites(model: nn.Module) -> tuple[BlockSite, ...]:
     """Every block, from the input to the head."""
     model = cast(VisionTransformer, model)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    return tuple(_site(f"blocks.{index}", cast(Block, block), tokens) for index, block in enumerate(model.blocks))
+    return tuple(_site(f"blocks.{index}", block, tokens) for index, block in enumerate(model.blocks))
 
 
-def _site(name: str, block: Block, tokens: int) -> BlockSite:
-    attn = cast(Attention, block.attn)
-    plain_query = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
-    plain_value = isinstance(attn.norm, nn.Identity)
+def _site(name: str, block: Any, tokens: int) -> BlockSite:
+    plain_query = isinstance(block.attn.q_norm, nn.Identity) and isinstance(block.attn.k_norm, nn.Identity)
+    plain_value = isinstance(block.attn.norm, nn.Identity)
     plain_hidden = isinstance(block.mlp.norm, nn.Identity)
     allowed: dict[Axis, bool] = {
         "mlp_io": True,
@@ -56,8 +55,8 @@ def _site(name: str, block: Block, tokens: int) -> BlockSite:
         name=name,
         width=block.mlp.fc1.in_features,
         hidden=block.mlp.fc1.out_features,
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
+        heads=block.attn.num_heads,
+        head_dim=block.attn.head_dim,
         tokens=tokens,
         attn_tokens=tokens,
         window_tokens=tokens,

@@ -5,7 +5,7 @@ stream, I channels that the MLP reads and writes, H hidden units, Q and V channe
 One block costs  A D (2 Q + V) + A T (Q + V) + A V D + 2 N I H  MACs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -47,6 +47,13 @@ def widths_macs(site: BlockSite, widths: Widths) -> int:
     return block_macs(site, widths["mlp_io"], widths["mlp_hidden"], query, value)
 
 
+def changed(widths: Widths, axis: Axis, width: int) -> Widths:
+    """A copy in which one axis has another width."""
+    copy = dict(widths)
+    copy[axis] = width
+    return copy
+
+
 def predicted_macs(dense_macs: int, sites: Sequence[BlockSite], plan: ChannelPlan) -> int:
     """MACs of the network that a plan leaves; equal to the counted MACs of the cut network, as integers."""
     saved = (
@@ -76,7 +83,9 @@ def expected_macs(dense_macs: int, gates: Gates) -> Tensor:
     """MACs of the network when each channel is kept with its gate's probability; differentiable in the logits."""
     total = torch.tensor(float(dense_macs))
     for site in gates.sites:
-        keep = {axis: gates.shaped(site, axis, gate.keep_probability) for axis, gate in gates.at(site).items()}
+        keep: dict[Axis, Tensor] = {
+            axis: gates.shaped(site, axis, gate.keep_probability) for axis, gate in gates.at(site).items()
+        }
         if keep:
             saved = widths_macs(site, dense_widths(site)) - expected_block_macs(site, keep)
             total = total.to(saved) - saved
@@ -86,8 +95,7 @@ def expected_macs(dense_macs: int, gates: Gates) -> Tensor:
 def channel_macs(site: BlockSite, axis: Axis) -> int:
     """MACs that one channel of an axis costs while everything else is whole; for `heads`, one head."""
     widths = dense_widths(site)
-    fewer = widths | {axis: widths[axis] - 1}
-    saved = widths_macs(site, widths) - widths_macs(site, fewer)
+    saved = widths_macs(site, widths) - widths_macs(site, changed(widths, axis, widths[axis] - 1))
     return saved // site.heads if axis in ("attn_query", "attn_value") else saved
 
 
@@ -112,7 +120,7 @@ class Purse:
 
     def floor(self) -> int:
         """MACs of the smallest network that the open axes allow."""
-        smallest = ({axis: self.levels(site, axis)[0] for axis in AXES} for site in self.sites)
+        smallest: list[Widths] = [{axis: self.levels(site, axis)[0] for axis in AXES} for site in self.sites]
         saved = (
             widths_macs(site, dense_widths(site)) - widths_macs(site, widths)
             for site, widths in zip(self.sites, smallest, strict=True)
@@ -173,14 +181,18 @@ class _State:
         self.purse = purse
         self.macs = purse.dense_macs
         self.widths = {site.name: dense_widths(site) for site in purse.sites}
-        self.axes = [(site, axis) for site in purse.sites for axis in purse.open_axes.get(site.name, ())]
+        self.axes: list[tuple[BlockSite, Axis]] = [
+            (site, axis) for site in purse.sites for axis in purse.open_axes.get(site.name, ())
+        ]
         self.scores = {(site.name, axis): scores[site.name][axis].detach().double().cpu() for site, axis in self.axes}
         self.lost = {key: _lost_below(score) for key, score in self.scores.items()}
 
     def give_up_until(self, limit: int) -> None:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
         window = limit - WINDOW * self.purse.dense_macs
-        levels = {(site.name, axis): self.purse.levels(site, axis) for site, axis in self.axes}
+        levels: dict[tuple[str, Axis], list[int]] = {
+            (site.name, axis): self.purse.levels(site, axis) for site, axis in self.axes
+        }
         prices = {site.name: self._cheapest(site, levels) for site in self.purse.sites}
         by_name = {site.name: site for site in self.purse.sites}
         overshot: tuple[BlockSite, Axis, int] | None = None
@@ -213,10 +225,10 @@ class _State:
             _, site, axis, width = max(options, key=lambda option: option[0])
             self._set(site, axis, width)
 
-    def _affordable(self, limit: int, step: int):  # noqa: ANN202 (tuples of price, site, axis, width)
+    def _affordable(self, limit: int, step: int) -> Iterator[tuple[float, BlockSite, Axis, int]]:
         for site, axis in self.axes:
             now, whole = self.widths[site.name][axis], dense_widths(site)[axis]
-            width = whole if axis == "heads" and now + 1 > whole else min(whole, now + (1 if axis == "heads" else step))
+            width = min(whole, now + (1 if axis == "heads" else step))
             cost = -self._saving(site, axis, width)
             if now < width and self.macs + cost <= limit:
                 yield -self._loss(site, axis, width) / max(1, cost), site, axis, width
@@ -228,7 +240,7 @@ class _State:
 
     def _saving(self, site: BlockSite, axis: Axis, width: int) -> int:
         widths = self.widths[site.name]
-        return widths_macs(site, widths) - widths_macs(site, widths | {axis: width})
+        return widths_macs(site, widths) - widths_macs(site, changed(widths, axis, width))
 
     def _set(self, site: BlockSite, axis: Axis, width: int) -> None:
         self.macs -= self._saving(site, axis, width)

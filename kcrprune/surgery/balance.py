@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import BlockSite
+from kcrprune.surgery.swap import layer_scale_at, linear_at
 
 RIDGE = 1e-7  # share of the mean second moment that keeps the Cholesky factors of unused channels invertible
 
@@ -110,11 +111,11 @@ def _rotate_query_(model: nn.Module, site: BlockSite, moments: HeadMoments) -> N
 
 
 def _rotate_value_(model: nn.Module, site: BlockSite, moments: HeadMoments) -> None:
-    proj = model.get_submodule(site.proj).weight
+    proj = linear_at(model, site.proj).weight
     columns = proj.double().cpu().unflatten(1, (site.heads, site.head_dim)).transpose(0, 1)  # (h, D, d)
     scaled = columns
     if site.scale1 is not None:
-        gamma = model.get_submodule(f"{site.name}.{site.scale1}").gamma
+        gamma = layer_scale_at(model, f"{site.name}.{site.scale1}")
         scaled = columns * gamma.double().cpu()[None, :, None]
     rotation, inverse = balancing(moments.output, scaled.transpose(1, 2) @ scaled)
     _rotate_rows_(model, site, 2, rotation)
@@ -123,7 +124,7 @@ def _rotate_value_(model: nn.Module, site: BlockSite, moments: HeadMoments) -> N
 
 def _rotate_rows_(model: nn.Module, site: BlockSite, part: int, rotation: Tensor) -> None:
     """Multiplies the rows of q (0), k (1) or v (2) of each head, and their biases, by `rotation` (h, d, d)."""
-    qkv = model.get_submodule(site.qkv)
+    qkv = linear_at(model, site.qkv)
     for tensor in (qkv.weight, qkv.bias):
         if tensor is not None:
             rows = tensor.view(3, site.heads, site.head_dim, -1)[part]  # (h, d, D or 1), a view

@@ -10,7 +10,7 @@ from kcrprune.families import BlockSite, family_of
 from kcrprune.method.gates import ChannelGate, Gates, QkvGate
 from kcrprune.plan import Axis, BlockPlan, ChannelPlan
 from kcrprune.surgery.pruned import head_rows
-from kcrprune.surgery.swap import swap_
+from kcrprune.surgery.swap import linear_at, swap_
 
 
 class GatedLinear(nn.Linear):
@@ -32,7 +32,7 @@ class GatedLinear(nn.Linear):
 
 
 def _times(x: Tensor, gate: Tensor) -> Tensor:
-    """Product of x (rows, ..., C) and a gate, (C,) of all images or (B, C) of each; an image's windows are adjacent rows."""
+    """Product of x (rows, ..., C) and a gate: (C,) for all, or (B, C) with an image's windows in adjacent rows."""
     if gate.ndim == 2:
         gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
         gate = gate.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
@@ -61,16 +61,16 @@ def add_gates_(
 def _gate_block_(
     model: nn.Module, site: BlockSite, axes: Sequence[Axis], device: torch.device
 ) -> dict[Axis, ChannelGate]:
-    gates = {axis: ChannelGate(axis_channels(site, axis), device) for axis in axes}
+    gates: dict[Axis, ChannelGate] = {axis: ChannelGate(axis_channels(site, axis), device) for axis in axes}
     io, hidden = gates.get("mlp_io"), gates.get("mlp_hidden")
     if io is not None:
-        swap_(model, site.fc1, GatedLinear(_linear(model, site.fc1), in_gate=io))
+        swap_(model, site.fc1, GatedLinear(linear_at(model, site.fc1), in_gate=io))
     if io is not None or hidden is not None:
-        swap_(model, site.fc2, GatedLinear(_linear(model, site.fc2), in_gate=hidden, out_gate=io))
+        swap_(model, site.fc2, GatedLinear(linear_at(model, site.fc2), in_gate=hidden, out_gate=io))
     query, value, heads = gates.get("attn_query"), gates.get("attn_value"), gates.get("heads")
     if query is not None or value is not None or heads is not None:
         gate = QkvGate(query, value, heads, site.head_dim)
-        swap_(model, site.qkv, GatedLinear(_linear(model, site.qkv), out_gate=gate))
+        swap_(model, site.qkv, GatedLinear(linear_at(model, site.qkv), out_gate=gate))
     return gates
 
 
@@ -91,7 +91,7 @@ def remove_gates_(model: nn.Module, gates: Gates) -> nn.Module:
     """Back to the dense state: each gated linear becomes a plain one with the same weights."""
     for site in gates.sites:
         for name in (site.fc1, site.fc2, site.qkv):
-            linear = _linear(model, name)
+            linear = linear_at(model, name)
             if isinstance(linear, GatedLinear):
                 plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
                 plain.weight, plain.bias = linear.weight, linear.bias
@@ -112,9 +112,3 @@ def _kept_positions(block: BlockPlan, axis: Axis, head_dim: int) -> list[int]:
     if axis == "attn_query" or axis == "attn_value":
         return head_rows(block.heads.indices, getattr(block, axis), head_dim)
     return list(getattr(block, axis).indices)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), name
-    return linear

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kcrprune.errors import PlanMismatchError
 from kcrprune.families import AttentionWidths, BlockSite, family_of
 from kcrprune.plan import BlockPlan, ChannelPlan, Kept
-from kcrprune.surgery.swap import swap_
+from kcrprune.surgery.swap import linear_at, swap_
 
 
 class GatherLinear(nn.Linear):
@@ -107,7 +107,7 @@ def _check(sites: Sequence[BlockSite], plan: ChannelPlan) -> None:
 
 
 def _cut_mlp_(model: nn.Module, site: BlockSite, block: BlockPlan) -> None:
-    fc1, fc2 = _linear(model, site.fc1), _linear(model, site.fc2)
+    fc1, fc2 = linear_at(model, site.fc1), linear_at(model, site.fc2)
     hidden, io = block.mlp_hidden, block.mlp_io
     if not (hidden.is_all and io.is_all):
         fc1 = take(fc1, rows=hidden.indices, columns=io.indices)
@@ -121,8 +121,8 @@ def _cut_attention_(model: nn.Module, site: BlockSite, block: BlockPlan) -> None
     value = head_rows(block.heads.indices, block.attn_value, site.head_dim)
     inner = site.heads * site.head_dim  # rows of q, of k and of v in the dense qkv
     rows = [*query, *(inner + row for row in query), *(2 * inner + row for row in value)]
-    swap_(model, site.qkv, take(_linear(model, site.qkv), rows=rows))
-    swap_(model, site.proj, take(_linear(model, site.proj), columns=value))
+    swap_(model, site.qkv, take(linear_at(model, site.qkv), rows=rows))
+    swap_(model, site.proj, take(linear_at(model, site.proj), columns=value))
 
 
 def head_rows(heads: Sequence[int], kept: Sequence[Kept], head_dim: int) -> list[int]:
@@ -145,9 +145,3 @@ def take(linear: nn.Linear, *, rows: Sequence[int] | None = None, columns: Seque
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone())
     return new
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), name
-    return linear

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import BlockSite
 from kcrprune.plan import BlockPlan, ChannelPlan
+from kcrprune.surgery.swap import layer_scale_at, linear_at
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 
@@ -104,7 +105,7 @@ class _BlockPair:
         _advance_(self.cut, cut_streams, self.device)
 
     def _refit_proj_(self, dense_in: Streams, cut_in: Streams) -> None:
-        proj = self._part(self.cut, self.site.attn, "proj")
+        proj = linear_at(self.cut, f"{self.site.attn}.proj")
         gamma = self._layer_scale(self.site.scale1)
         sums = NormalEquations.for_linear(proj)
         for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
@@ -117,20 +118,20 @@ class _BlockPair:
         _correct_(proj, sums, self.ridge)
 
     def _refit_fc1_(self, dense_in: Streams, cut_in: Streams) -> None:
-        fc1 = self._part(self.cut, self.site.mlp, "fc1")
+        fc1 = linear_at(self.cut, f"{self.site.mlp}.fc1")
         io = torch.tensor(self.block.mlp_io.indices, device=self.device)
         hidden = torch.tensor(self.block.mlp_hidden.indices, device=self.device)
         sums = NormalEquations.for_linear(fc1)
         for dense_stream, stream in zip(dense_in, cut_in, strict=True):
             z = _input_of(self.cut, f"{self.site.mlp}.fc1", stream.to(self.device))
-            y = self._part(self.dense, self.site.mlp, "fc1")(
+            y = linear_at(self.dense, f"{self.site.mlp}.fc1")(
                 _input_of(self.dense, f"{self.site.mlp}.fc1", dense_stream.to(self.device))
             )
             sums.add_(fc1, z.flatten(0, -2)[:, io], y.flatten(0, -2)[:, hidden])
         _correct_(fc1, sums, self.ridge)
 
     def _refit_fc2_(self, dense_out: Streams, cut_in: Streams) -> None:
-        fc2 = self._part(self.cut, self.site.mlp, "fc2")
+        fc2 = linear_at(self.cut, f"{self.site.mlp}.fc2")
         io = torch.tensor(self.block.mlp_io.indices, device=self.device)
         gamma = self._layer_scale(self.site.scale2)
         sums = NormalEquations.for_linear(fc2)
@@ -155,13 +156,8 @@ class _BlockPair:
         """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
         if name is None:
             return torch.ones((), device=self.device)
-        gamma = self.cut.get_submodule(name).gamma
+        gamma = layer_scale_at(self.cut, name)
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
-
-    def _part(self, block: nn.Module, *names: str) -> nn.Linear:
-        linear = block.get_submodule(".".join(names))
-        assert isinstance(linear, nn.Linear)
-        return linear
 
 
 class _ReachedError(Exception):
@@ -193,6 +189,6 @@ def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None
 
 def _correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
     change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
-    linear.weight += change[:, :-1].to(linear.weight)
+    linear.weight.add_(change[:, :-1].to(linear.weight))
     if linear.bias is not None:
-        linear.bias += change[:, -1].to(linear.bias)
+        linear.bias.add_(change[:, -1].to(linear.bias))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kcrprune.families import classifiers
 from kcrprune.method.budget import Scores
 from kcrprune.method.gates import Gates
+from kcrprune.surgery.swap import linear_at
 
 
 def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], generator: torch.Generator) -> Scores:
@@ -53,9 +54,9 @@ def magnitude_scores(model: nn.Module, gates: Gates) -> Scores:
     """Squared norm of the weights that a gate would remove; the plain baseline."""
     scores = []
     for site, axis, _ in gates:
-        qkv = model.get_submodule(site.qkv).weight.unflatten(0, (3, site.heads * site.head_dim))
-        proj = model.get_submodule(site.proj).weight
-        fc1, fc2 = model.get_submodule(site.fc1).weight, model.get_submodule(site.fc2).weight
+        qkv = linear_at(model, site.qkv).weight.unflatten(0, (3, site.heads * site.head_dim))
+        proj = linear_at(model, site.proj).weight
+        fc1, fc2 = linear_at(model, site.fc1).weight, linear_at(model, site.fc2).weight
         value = qkv[2].square().sum(1) + proj.square().sum(0)  # (h * d,)
         scores.append(
             {

@@ -71,7 +71,7 @@ def search_(
         history.append({"step": step + 1, "temperature": temperature, "expected_macs": share} | loss.parts)
         listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
     for weight in weights:
-        weight.requires_grad_(requires_grad=True)
+        weight.requires_grad_(True)
     return Searched(learned_scores(gates), history)
 
 
