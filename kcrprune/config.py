@@ -32,80 +32,104 @@ class RunConfig(Frozen):
     """Everything that `kcrprune compress` can be told; a TOML file has the same names, flags win over it."""
 
     # what to reach
-    target_flops: Share = Field(0.7, description="Share of the dense MACs to keep, at most.")
-    recipe: str = Field("default", description="Named set of defaults: default, paper or no-train.")
+    target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
+    recipe: str = Field(default="default", description="Named set of defaults: default, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
-        ("mlp_hidden", "attn_query", "attn_value"), description="Axes that may be cut: " + ", ".join(AXES) + "."
+        default=("mlp_hidden", "attn_query", "attn_value"), description="Axes that may be cut: " + ", ".join(AXES) + "."
     )
-    round_to: PositiveInt = Field(8, description="Kept widths are multiples of this.")
-    min_width: Share = Field(0.05, description="Smallest share of an axis that a block keeps.")
-    include: tuple[str, ...] = Field((), description="Only blocks whose name matches one of these patterns are cut.")
-    exclude: tuple[str, ...] = Field((), description="Blocks whose name matches one of these patterns stay whole.")
+    round_to: PositiveInt = Field(default=8, description="Kept widths are multiples of this.")
+    min_width: Share = Field(default=0.05, description="Smallest share of an axis that a block keeps.")
+    include: tuple[str, ...] = Field(
+        default=(), description="Only blocks whose name matches one of these patterns are cut."
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="Blocks whose name matches one of these patterns stay whole."
+    )
 
     # the images
     data: str | None = Field(
-        None, description="Image folder or timm dataset; where there is none, compress generates images."
+        default=None, description="Image folder or timm dataset; where there is none, compress generates images."
     )
     dataset: str = Field(
-        "", description="timm dataset type and name, such as hfds/cifar10 or wds/name; '' is a folder."
+        default="", description="timm dataset type and name, such as hfds/cifar10 or wds/name; '' is a folder."
     )
-    train_split: str = Field("train", description="Split that is trained on.")
-    val_split: str = Field("validation", description="Split that is evaluated on.")
-    class_map: str | None = Field(None, description="File that maps class names to indices.")
-    labels: bool = Field(True, description="Use labels where there are some; without, the task is distillation.")
-    generated_images: PositiveInt = Field(2048, description="How many images to generate when there is no data.")
-    calibration_images: PositiveInt = Field(2048, description="Images for balance and refit.")
-    score_images: PositiveInt = Field(512, description="Images for the channel scores.")
-    workers: NonNegativeInt = Field(2, description="Processes that load images.")
+    train_split: str = Field(default="train", description="Split that is trained on.")
+    val_split: str = Field(default="validation", description="Split that is evaluated on.")
+    class_map: str | None = Field(default=None, description="File that maps class names to indices.")
+    labels: bool = Field(
+        default=True, description="Use labels where there are some; without, the task is distillation."
+    )
+    generated_images: PositiveInt = Field(
+        default=2048, description="How many images to generate when there is no data."
+    )
+    calibration_images: PositiveInt = Field(default=2048, description="Images for balance and refit.")
+    score_images: PositiveInt = Field(default=512, description="Images for the channel scores.")
+    workers: NonNegativeInt = Field(default=2, description="Processes that load images.")
 
     # the network
-    arch: str | None = Field(None, description="timm name of the network, where the file does not tell.")
-    num_heads: PositiveInt | None = Field(None, description="Heads of every block, where the file does not tell.")
-    num_classes: PositiveInt | None = Field(None, description="Give a backbone without a head a new one of this size.")
-    img_size: PositiveInt | None = Field(None, description="Input height and width, if not the checkpoint's own.")
-    mean: tuple[float, ...] | None = Field(None, description="Mean of the input normalisation.")
-    std: tuple[float, ...] | None = Field(None, description="Standard deviation of the input normalisation.")
-    interpolation: str | None = Field(None, description="Interpolation of the resize.")
-    crop_pct: PositiveFloat | None = Field(None, description="Share of the resized image that the crop keeps.")
+    arch: str | None = Field(default=None, description="timm name of the network, where the file does not tell.")
+    num_heads: PositiveInt | None = Field(
+        default=None, description="Heads of every block, where the file does not tell."
+    )
+    num_classes: PositiveInt | None = Field(
+        default=None, description="Give a backbone without a head a new one of this size."
+    )
+    img_size: PositiveInt | None = Field(
+        default=None, description="Input height and width, if not the checkpoint's own."
+    )
+    mean: tuple[float, ...] | None = Field(default=None, description="Mean of the input normalisation.")
+    std: tuple[float, ...] | None = Field(default=None, description="Standard deviation of the input normalisation.")
+    interpolation: str | None = Field(default=None, description="Interpolation of the resize.")
+    crop_pct: PositiveFloat | None = Field(default=None, description="Share of the resized image that the crop keeps.")
 
     # before and after the cut
-    scores: Scores = Field("fisher", description="What ranks the channels before the search.")
-    balance: bool = Field(True, description="Rotate each head to its balanced basis first.")
-    refit: bool = Field(True, description="Refit the linears behind a cut in closed form.")
-    refit_ridge: NonNegativeFloat = Field(1e-3, description="Ridge of the refit, relative to the mean input energy.")
+    scores: Scores = Field(default="fisher", description="What ranks the channels before the search.")
+    balance: bool = Field(default=True, description="Rotate each head to its balanced basis first.")
+    refit: bool = Field(default=True, description="Refit the linears behind a cut in closed form.")
+    refit_ridge: NonNegativeFloat = Field(
+        default=1e-3, description="Ridge of the refit, relative to the mean input energy."
+    )
 
     # search and recovery
-    search_steps: NonNegativeInt = Field(60, description="Gate steps of the search; 0 plans from the scores alone.")
-    search_lr: PositiveFloat = Field(0.03, description="Learning rate of the gates.")
+    search_steps: NonNegativeInt = Field(
+        default=60, description="Gate steps of the search; 0 plans from the scores alone."
+    )
+    search_lr: PositiveFloat = Field(default=0.03, description="Learning rate of the gates.")
     search_weight_lr: NonNegativeFloat = Field(
-        0.0, description="Learning rate of the weights in the search; 0 freezes."
+        default=0.0, description="Learning rate of the weights in the search; 0 freezes."
     )
-    search_split: Share = Field(0.7, description="Share of the training images that weights learn on; gates: the rest.")
-    temperature: PositiveFloat = Field(1.0, description="First temperature of the gates.")
-    temperature_floor: PositiveFloat = Field(0.3, description="Last temperature of the gates.")
-    recover_steps: NonNegativeInt = Field(60, description="Training steps after the cut.")
+    search_split: Share = Field(
+        default=0.7, description="Share of the training images that weights learn on; gates: the rest."
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="First temperature of the gates.")
+    temperature_floor: PositiveFloat = Field(default=0.3, description="Last temperature of the gates.")
+    recover_steps: NonNegativeInt = Field(default=60, description="Training steps after the cut.")
     epochs: PositiveInt | None = Field(
-        None, description="Length of search and of recovery in epochs, instead of steps."
+        default=None, description="Length of search and of recovery in epochs, instead of steps."
     )
-    batch_size: PositiveInt = Field(32, description="Images in a training step.")
-    lr: PositiveFloat = Field(2e-5, description="Learning rate of the recovery.")
-    weight_decay: NonNegativeFloat = Field(0.05, description="Weight decay of the recovery.")
-    warmup_steps: NonNegativeInt = Field(10, description="Linear warm-up of the recovery.")
-    clip_grad: PositiveFloat = Field(1.0, description="Largest gradient norm.")
+    batch_size: PositiveInt = Field(default=32, description="Images in a training step.")
+    lr: PositiveFloat = Field(default=2e-5, description="Learning rate of the recovery.")
+    weight_decay: NonNegativeFloat = Field(default=0.05, description="Weight decay of the recovery.")
+    warmup_steps: NonNegativeInt = Field(default=10, description="Linear warm-up of the recovery.")
+    clip_grad: PositiveFloat = Field(default=1.0, description="Largest gradient norm.")
 
     # the losses
-    task: Literal["auto", "labels", "distill"] = Field("auto", description="Task loss; auto takes both if labelled.")
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Label smoothing.")
-    distill_temperature: PositiveFloat = Field(1.0, description="Temperature of the distillation.")
-    kernel_weight: NonNegativeFloat = Field(0.1, description="Weight of the truncated nuclear norm; 0 turns it off.")
-    kernel_rank: Share = Field(0.05, description="Rank of its basis as a share of min(images, features).")
-    kernel_every: PositiveInt = Field(20, description="Steps between two refreshes of its basis.")
-    kernel_norm: Literal["relative", "raw"] = Field("relative", description="Divide it by the trace, or not.")
+    task: Literal["auto", "labels", "distill"] = Field(
+        default="auto", description="Task loss; auto takes both if labelled."
+    )
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Label smoothing.")
+    distill_temperature: PositiveFloat = Field(default=1.0, description="Temperature of the distillation.")
+    kernel_weight: NonNegativeFloat = Field(
+        default=0.1, description="Weight of the truncated nuclear norm; 0 turns it off."
+    )
+    kernel_rank: Share = Field(default=0.05, description="Rank of its basis as a share of min(images, features).")
+    kernel_every: PositiveInt = Field(default=20, description="Steps between two refreshes of its basis.")
+    kernel_norm: Literal["relative", "raw"] = Field(default="relative", description="Divide it by the trace, or not.")
 
     # the machine
-    seed: NonNegativeInt = Field(42, description="Seed of everything random.")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
-    precision: Precision = Field("auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
+    seed: NonNegativeInt = Field(default=42, description="Seed of everything random.")
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps.")
+    precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -74,16 +74,20 @@ class GroupedCommand(TyperCommand):
     """A command whose help lists its options by panel."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes one section for each panel, in the order of the parameters."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            title = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            panel = getattr(parameter, "rich_help_panel", None) or title
-            if record := parameter.get_help_record(ctx):
-                sections.setdefault(panel, []).append(record)
-        for title in sorted(sections, key=lambda title: title in PANELS.values()):  # settings last; the sort is stable
+        """Writes one section for each panel."""
+        for title, rows in sections(self, ctx).items():
             with formatter.section(title):
-                formatter.write_dl(sections[title])
+                formatter.write_dl(rows)
+
+
+def sections(command: TyperCommand, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+    """A command's options with their help by panel: arguments, its own, then the settings."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+        if record := parameter.get_help_record(ctx):
+            found.setdefault(getattr(parameter, "rich_help_panel", None) or own, []).append(record)
+    return dict(sorted(found.items(), key=lambda item: item[0] in PANELS.values()))  # settings last; the sort is stable
 
 
 class OnnxCommand(GroupedCommand):
@@ -91,7 +95,7 @@ class OnnxCommand(GroupedCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Gives a bare `--onnx` an empty value."""
-        followers = [*args[1:], "-"]
+        followers = [*args, "-"][1:]
         bare = [arg == "--onnx" and follower.startswith("-") for arg, follower in zip(args, followers, strict=True)]
         return super().parse_args(ctx, ["--onnx=" if empty else arg for arg, empty in zip(args, bare, strict=True)])
 

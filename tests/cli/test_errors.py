@@ -1,0 +1,74 @@
+import pytest
+
+from kcrprune import errors
+from kcrprune.cli.app import run
+
+KINDS = [errors.KcrPruneError, *errors.KcrPruneError.__subclasses__()]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_our_errors_are_one_line_and_their_exit_code(pipeline, capsys, kind):
+    pipeline.fails_with = kind("vit.pth is a web page;\n  download it again")
+    assert run(["compress", "vit.pth", "-q"]) == kind.exit_code
+    printed = capsys.readouterr()
+    assert printed.err == "error: vit.pth is a web page; download it again\n"
+    assert printed.out == ""
+
+
+def test_every_exit_code_has_one_meaning():
+    assert len({kind.exit_code for kind in KINDS}) == len(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("compress", "error: Missing argument 'CHECKPOINT'. (see `kcrprune compress --help`)"),
+        ("compres x", "error: No such command 'compres'. Did you mean 'compress'? (see `kcrprune --help`)"),
+        ("report a b c", "error: Got unexpected extra argument(s) (c) (see `kcrprune report --help`)"),
+        ("compress x --target-flops 1.5", "error: target_flops = 1.5 cannot work: input should be less than or equal"),
+        ("compress x --scores taylor", "'taylor' is not one of 'fisher', 'magnitude', 'random'"),
+        ("compress x --axes mlp", "error: axes = 'mlp' cannot work"),
+        ("compress x --config none.toml", "error: none.toml: cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(pipeline, capsys, words, sentence):
+    assert run(words.split()) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+    assert pipeline.asked == {}
+
+
+def test_what_nobody_foresaw_is_a_sentence_too(pipeline, capsys, monkeypatch):
+    pipeline.fails_with = ZeroDivisionError("division by zero")
+    monkeypatch.delenv("KCRPRUNE_TRACEBACK", raising=False)
+    assert run(["inspect", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "error: unexpected ZeroDivisionError: division by zero (KCRPRUNE_TRACEBACK=1 shows where)\n"
+    )
+
+
+def test_the_traceback_is_there_for_who_asks(pipeline, capsys, monkeypatch):
+    pipeline.fails_with = errors.DataError("no images")
+    monkeypatch.setenv("KCRPRUNE_TRACEBACK", "1")
+    assert run(["inspect", "x"]) == 5
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert printed.endswith("error: no images\n")
+
+
+def test_the_file_system_speaks_for_itself(pipeline, capsys):
+    pipeline.fails_with = OSError(28, "No space left on device", "run/model.safetensors")
+    assert run(["compress", "x", "-q"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'run/model.safetensors'\n"
+
+
+def test_an_interrupt_is_130(pipeline):
+    pipeline.fails_with = KeyboardInterrupt()
+    assert run(["compress", "x", "-q"]) == 130
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["compress", "--help"]])
+def test_questions_are_answered_with_success(capsys, words):
+    assert run(words) == 0
+    assert "kcrprune" in capsys.readouterr().out

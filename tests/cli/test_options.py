@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from kcrprune.cli.app import app, run
+from kcrprune.cli.options import PANELS, flag, panel
+from kcrprune.config import RunConfig, load_config
+
+COMPRESS = get_command(app).commands["compress"]  # type: ignore[attr-defined]
+
+
+def test_every_setting_is_a_flag_with_its_meaning_and_default():
+    options = {option for parameter in COMPRESS.params for option in parameter.opts}
+    helps = {parameter.name: parameter.help for parameter in COMPRESS.params if hasattr(parameter, "help")}
+    for name, field in RunConfig.model_fields.items():
+        assert flag(name) in options
+        assert helps[name].startswith(field.description)
+    assert "[default: 0.7]" in helps["target_flops"]
+    assert "[default: mlp_hidden,attn_query,attn_value]" in helps["axes"]
+    assert "[default: on]" in helps["balance"]
+    assert "default" not in helps["arch"]
+
+
+def test_every_panel_begins_at_a_setting():
+    assert PANELS.keys() <= RunConfig.model_fields.keys()
+    assert next(iter(PANELS)) == next(iter(RunConfig.model_fields))
+    assert panel("batch_size") == "Search and recovery"
+
+
+def test_what_is_not_given_is_left_to_recipe_and_defaults(pipeline):
+    assert run(["compress", "vit.pth"]) == 0
+    assert pipeline.asked == {"checkpoint": Path("vit.pth"), "config": RunConfig(), "out": None}
+
+
+def test_every_kind_of_flag_reaches_the_configuration(pipeline):
+    words = (
+        "compress vit.pth --target-flops 0.5 --axes heads,mlp_hidden --mean 0.1,0.2,0.3 --no-balance -b 4 -j 0 "
+        "--scores random --epochs 3 --data photos --out here"
+    )
+    assert run(words.split()) == 0
+    assert pipeline.asked["out"] == Path("here")
+    assert pipeline.asked["config"] == RunConfig(
+        target_flops=0.5,
+        axes=("heads", "mlp_hidden"),
+        mean=(0.1, 0.2, 0.3),
+        balance=False,
+        batch_size=4,
+        workers=0,
+        scores="random",
+        epochs=3,
+        data="photos",
+    )
+
+
+def test_flags_win_over_the_file(pipeline, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "no-train"\nseed = 1\nbatch_size = 8\n')
+    assert run(["compress", "vit.pth", "-c", str(file), "--seed", "2"]) == 0
+    assert pipeline.asked["config"] == load_config("no-train", flags={"seed": 2, "batch_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "onnx"),
+    [
+        ("export", None, None),
+        ("export --onnx", None, None),
+        ("export run", Path("run"), None),
+        ("export run --onnx", Path("run"), None),
+        ("export --onnx --quiet run", Path("run"), None),
+        ("export --onnx m.onnx", None, Path("m.onnx")),
+        ("export run --onnx m.onnx", Path("run"), Path("m.onnx")),
+    ],
+)
+def test_onnx_may_stand_without_a_file(pipeline, words, model, onnx):
+    assert run(words.split()) == 0
+    assert pipeline.asked == {"model": model, "onnx": onnx}
+
+
+def test_report_takes_one_model_or_two(pipeline):
+    assert run(["report", "a"]) == 0
+    assert pipeline.asked == {"paths": [Path("a")], "latency": False}
+    assert run(["report", "a", "b", "--latency"]) == 0
+    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True}
+
+
+def test_evaluate_and_inspect_take_the_settings_that_concern_them(pipeline):
+    assert run(["evaluate", "m", "--data", "photos", "--val-split", "test", "--img-size", "56"]) == 0
+    assert pipeline.asked["config"] == RunConfig(data="photos", val_split="test", img_size=56)
+    assert run(["inspect", "m", "--num-heads", "3"]) == 0
+    assert pipeline.asked["config"] == RunConfig(num_heads=3)
+    assert run(["inspect", "m", "--target-flops", "0.5"]) == 2

@@ -1,0 +1,97 @@
+import tomllib
+
+import pytest
+
+from kcrprune.config import RECIPES, RunConfig, load_config
+from kcrprune.errors import ConfigError
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text):
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_flag_wins_over_the_file_which_wins_over_the_recipe(toml):
+    recipe = load_config("no-train")
+    file = toml("search_steps = 7\nrecover_steps = 8\n")
+    written = load_config("no-train", file)
+    flagged = load_config("no-train", file, {"recover_steps": 9})
+    assert (recipe.search_steps, recipe.recover_steps) == (0, 0)
+    assert (written.search_steps, written.recover_steps) == (7, 8)
+    assert (flagged.search_steps, flagged.recover_steps) == (7, 9)
+
+
+def test_the_file_may_name_the_recipe_and_the_flag_another_one(toml):
+    file = toml('recipe = "no-train"\n')
+    assert load_config(file=file).recipe == "no-train"
+    assert load_config(file=file).search_steps == 0
+    assert load_config(file=file, flags={"recipe": "default"}) == RunConfig()
+
+
+def test_without_anything_the_defaults_are_the_default_recipe():
+    assert load_config() == RunConfig()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid(name):
+    assert load_config(name).recipe == name
+
+
+def test_every_recipe_file_is_listed():
+    from importlib import resources
+
+    files = {path.name for path in (resources.files("kcrprune") / "recipes").iterdir()}
+    assert files == {f"{name}.toml" for name in RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("target_flop = 0.5", ["run.toml", "'target_flop'", "did you mean target_flops?"]),
+        ("zzzz = 1", ["'zzzz'", "--help"]),
+        (
+            "target_flops = 1.5",
+            ["run.toml", "target_flops = 1.5", "less than or equal to 1", "Share of the dense MACs"],
+        ),
+        ('axes = ["mlp"]', ["axes = 'mlp'", "mlp_hidden"]),
+        ("axes = []", ["axes: name at least one axis"]),
+        ("temperature = 0.1", ["temperature_floor 0.3 is above temperature 0.1"]),
+        ('device = "gpu"', ["device = 'gpu'", "cuda:N"]),
+        ('recipe = "papr"', ["no recipe 'papr'", "paper"]),
+        ("axes = [", ["run.toml", "not a TOML file"]),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_the_way_out(toml, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file=toml(text))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        load_config(file=tmp_path / "none.toml")
+    (tmp_path / "weights.toml").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(ConfigError, match=r"weights\.toml: is not a TOML file"):
+        load_config(file=tmp_path / "weights.toml")
+
+
+def test_a_bad_flag_is_not_blamed_on_the_file(toml):
+    file = toml("seed = 1")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file=file, flags={"batch_size": 0})
+    assert str(caught.value).startswith("batch_size = 0")
+
+
+def test_a_configuration_survives_toml(toml):
+    from kcrprune.pipeline.runs import to_toml
+
+    config = RunConfig(target_flops=0.5, axes=("heads",), mean=(0.1, 0.2, 0.3), data='a "quoted" \\ folder', include=())
+    text = to_toml(config)
+    assert load_config(file=toml(text)) == config
+    assert "mean" in tomllib.loads(text)
