@@ -85,7 +85,7 @@ class LiveProgress:
         """Shows one event."""
         match event:
             case Note(text, warning):
-                self._console.print(Text(text, style="yellow" if warning else ""))
+                self._console.print(Text(f"warning: {text}", style="yellow") if warning else Text(text))
             case StageStarted(stage, steps):
                 self._show(stage, steps)
             case StepDone(_, step, values):

@@ -1,5 +1,6 @@
 import io
 import json
+import time
 from itertools import count
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_json_of_a_run_holds_its_folder_and_its_comparison(pipeline, capsys)
 def test_tables_in_a_pipe_are_not_cut_to_a_width(pipeline, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     assert run(["report", "a", "b"]) == 0
-    [macs] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("MACs")]
+    [macs] = [line.split() for line in capsys.readouterr().out.splitlines() if "MACs of one" in line]
     assert macs[-6:] == ["1.00", "M", "699.00", "k", "x", "0.699"]
 
 
@@ -94,11 +95,12 @@ EVENTS = (
 )
 
 
-def shown(make, events=EVENTS, **console):
+def shown(make, pause=0.0, **console):
     stream = io.StringIO()
     with make(Console(file=stream, width=100, **console)) as listener:
-        for event in events:
+        for event in EVENTS:
             listener(event)
+            time.sleep(pause if isinstance(event, StepDone) and event.step == 30 else 0)
     return stream.getvalue()
 
 
@@ -118,8 +120,9 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_step(monkeypatch):
 
 
 def test_a_terminal_gets_the_stage_its_figures_and_what_is_done():
-    text = shown(LiveProgress, force_terminal=True, color_system=None)
+    text = shown(LiveProgress, pause=0.3, force_terminal=True, color_system=None)
     assert "loading PyTorch" in text
+    assert "warning: 2,048 images are generated" in text
     assert "30/30" in text
     assert "expected macs 0.7" in text
     assert "search  1 min 15 s" in text
