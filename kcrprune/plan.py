@@ -1,6 +1,7 @@
 """What a network is and what a search decided to keep of it: frozen data, no torch."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
@@ -46,7 +47,7 @@ class Kept(Frozen):
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
-        ascending = all(a < b for a, b in zip(self.indices, self.indices[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(self.indices))
         if not self.indices or not ascending or self.indices[-1] >= self.width:
             raise ValueError(f"kept indices must be ascending, below the width {self.width}, and at least one")
         return self
