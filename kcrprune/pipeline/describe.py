@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kcrprune.artifact.checkpoint import open_model
 from kcrprune.artifact.formats import Opened
-from kcrprune.artifact.onnx import open_onnx
-from kcrprune.families import FeatureTap, classifiers, family_of
+from kcrprune.artifact.onnx import OnnxModel, open_onnx
+from kcrprune.families import FeatureTap, classifiers
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_widths
@@ -97,33 +97,31 @@ def file_bytes(path: Path) -> int:
 def report_path(path: Path, *, latency: bool = False) -> ModelReport:
     """The report of any checkpoint, artifact, run folder or ONNX file."""
     if path.suffix == ".onnx":
-        return _report_onnx(path, latency=latency)
-    opened = open_model(path)
-    family_of(opened.model) if opened.plan is None else None
-    report = report_of(opened)
+        graph = open_onnx(path)
+        report, call = report_of_graph(graph), graph
+    else:
+        opened = open_model(path)
+        report, call = report_of(opened), opened.model
     if latency:
-        image = torch.zeros(1, *opened.preprocessing.input_size)
-        with torch.no_grad():
-            report = report.model_copy(update={"latency_ms": latency_ms(opened.model, image), "latency_batch": 1})
+        with torch.inference_mode():
+            milliseconds = latency_ms(call, torch.zeros(1, *report.input_size))
+        report = report.model_copy(update={"latency_ms": milliseconds, "latency_batch": 1})
     return report
 
 
-def _report_onnx(path: Path, *, latency: bool) -> ModelReport:
-    graph = open_onnx(path)
-    dense_macs = graph.metadata.get("kcrprune.dense_macs")
-    report = ModelReport(
-        source=str(path),
+def report_of_graph(graph: OnnxModel) -> ModelReport:
+    """The figures of an ONNX file: what it says of itself, else what its operators tell."""
+    record = graph.record
+    return ModelReport(
+        source=str(graph.path),
         layout="ONNX",
         state="onnx",
-        architecture=graph.metadata.get("kcrprune.architecture"),
-        family=graph.metadata.get("kcrprune.family"),
+        architecture=record.architecture,
+        family=record.family,
         input_size=graph.input_size,
         parameters=graph.parameters,
         macs=graph.macs,
-        dense_macs=int(dense_macs) if dense_macs else None,
-        file_bytes=file_bytes(path),
+        dense_macs=record.dense_macs,
+        file_bytes=graph.file_bytes,
+        blocks=record.blocks or (),
     )
-    if latency:
-        image = torch.zeros(1, *graph.input_size)
-        report = report.model_copy(update={"latency_ms": latency_ms(graph, image), "latency_batch": 1})
-    return report

@@ -1,0 +1,112 @@
+"""What is done with a model that exists: report, export, evaluate, inspect."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.onnx import ExportResult, export_onnx, metadata_of, open_onnx
+from kcrprune.config import RunConfig, load_config
+from kcrprune.errors import ConfigError, DataError
+from kcrprune.events import Listener, Note
+from kcrprune.families import family_of
+from kcrprune.measure.macs import count_macs, count_parameters
+from kcrprune.measure.report import Inspection, ModelReport
+from kcrprune.pipeline import runs
+from kcrprune.pipeline.compress import open_for_run, purse_of
+from kcrprune.pipeline.describe import class_count, file_bytes, report_path
+from kcrprune.plan import AXES
+from kcrprune.training.data import loader, open_evaluation
+from kcrprune.training.evaluate import Evaluation
+from kcrprune.training.evaluate import evaluate as evaluate_on
+from kcrprune.training.loop import open_accelerator
+
+RECIPES = ("default", "paper")  # those that open different axes
+
+
+def report(paths: Sequence[Path], *, latency: bool = False, listener: Listener) -> tuple[ModelReport, ...]:
+    """The figures of each checkpoint, artifact, run folder or ONNX file."""
+    return tuple(report_path(path, latency=latency) for path in paths)
+
+
+def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportResult:
+    """Writes a model as ONNX, verified; without a model, that of the newest run below the current folder."""
+    if model is None:
+        model = runs.newest_model(Path())
+        listener(Note(f"the newest run: {model.parent}"))
+    opened = open_model(model)
+    path = onnx or (opened.path.with_suffix(".onnx") if opened.path.is_file() else opened.path / "model.onnx")
+    macs = count_macs(opened.model, opened.preprocessing.input_size)
+    metadata = metadata_of(
+        architecture=opened.architecture,
+        preprocessing=opened.preprocessing,
+        plan=opened.plan,
+        class_names=opened.class_names,
+        parameters=count_parameters(opened.model),
+        macs=macs,
+        dense_macs=opened.record.get("dense_macs"),
+    )
+    return export_onnx(
+        opened.model, path, input_size=opened.preprocessing.input_size, metadata=metadata, listener=listener
+    )
+
+
+def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
+    """Accuracy of a model or an ONNX file on labelled images.
+
+    ConfigError without images, or where an ONNX file does not say how its images are prepared.
+    """
+    if config.data is None:
+        raise ConfigError("evaluate needs images: name a folder with --data")
+    if model.suffix == ".onnx":
+        graph = open_onnx(model)
+        if graph.preprocessing is None:
+            raise ConfigError(
+                f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"
+            )
+        predict, preprocessing, classes = graph, graph.preprocessing, None
+    else:
+        opened = open_for_run(model, config)
+        device = open_accelerator(config.device, config.precision).device
+        predict, preprocessing, classes = opened.model.to(device), opened.preprocessing, class_count(opened.model)
+        if classes == 0:
+            raise DataError(f"{model} is a backbone without a classifier; there is nothing to evaluate")
+    images = open_evaluation(
+        config.data,
+        preprocessing,
+        classes,
+        dataset=config.dataset,
+        split=config.val_split,
+        class_map=config.class_map,
+    )
+    batches = loader(images, config.batch_size, shuffle=False, seed=config.seed, workers=config.workers)
+    return evaluate_on(predict, batches, listener=listener)
+
+
+def inspect(path: Path, config: RunConfig) -> Inspection:
+    """What a file holds, how that is known, what can be cut and how far; nothing is trained."""
+    opened = open_for_run(path, config)
+    macs = count_macs(opened.model, opened.preprocessing.input_size)
+    axes, floor = (), {}
+    if opened.plan is None:
+        allowed = {axis for site in family_of(opened.model).sites(opened.model) for axis in site.axes}
+        axes = tuple(axis for axis in AXES if axis in allowed)
+        for recipe in RECIPES:
+            purse = purse_of(opened.model, macs, load_config(recipe))
+            floor[recipe] = purse.floor() / macs
+        every = purse_of(opened.model, macs, config.model_copy(update={"axes": axes}))
+        floor["all axes"] = every.floor() / macs
+    return Inspection(
+        source=str(path),
+        layout=opened.layout,
+        architecture=opened.architecture.name,
+        family=opened.architecture.family,
+        preprocessing=opened.preprocessing,
+        class_count=class_count(opened.model),
+        parameters=count_parameters(opened.model),
+        macs=macs,
+        file_bytes=file_bytes(path),
+        axes=axes,
+        floor=floor,
+        notes=opened.notes,
+        foreign_names=opened.foreign_names,
+    )
