@@ -153,8 +153,7 @@ class _Run:
             candidates["search"] = self._search(rotated, gates, candidates["scores"])
         remove_gates_(rotated, gates)
         plan, pruned = self._cut(rotated, candidates)
-        cut = self._evaluate(pruned, None)
-        self._recover(pruned)
+        cut = self._recover(pruned)
         with self.stage("measure pruned"):
             kernel_after, accuracy_after = self._measure(pruned, self.dense)
         assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
@@ -252,10 +251,15 @@ class _Run:
                 on_block=lambda done: self.listener(StepDone(stage, done)),
             )
 
-    def _recover(self, pruned: nn.Module) -> None:
+    def _recover(self, pruned: nn.Module) -> Accuracy | None:
+        """Trains what the cut left; returns how good it was before, None where nothing is trained."""
         config = self.config
         if config.recover_steps == 0:
-            return
+            return None
+        with self.stage("measure cut"):
+            cut = self._evaluate(pruned, None)
+        if cut is not None and cut.top1 is not None:
+            self._say(f"after cut and refit, before recovery: top-1 {100 * cut.top1:.2f} %")
         batches = self._loader(self.training_images, shuffle=True)
         steps = config.recover_steps if config.epochs is None else config.epochs * len(batches)
         with self.stage("recover", steps):
@@ -270,6 +274,7 @@ class _Run:
                 listener=self.listener,
             )
         self._remember(found)
+        return cut
 
     def _remember(self, found: Recovered) -> None:
         self.histories["recover"] = found.history

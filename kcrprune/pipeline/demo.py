@@ -59,14 +59,14 @@ def _write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError('the demo needs scikit-learn for its images: pip install "kcrprune[demo]"') from None
-    digits = load_digits()
-    order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(0)).tolist()
+    pixels, classes = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16, (1797,)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).tolist()
     for position, index in enumerate(order):
         part = "train" if position < TRAIN_IMAGES else "validation"
-        path = folder / part / str(digits.target[index]) / f"{index:04}.png"
+        path = folder / part / str(classes[index]) / f"{index:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = (digits.images[index] * 255 / 16).round().astype("uint8")
-        Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB").save(path)
+        digit = (pixels[index].reshape(8, 8) * 255 / 16).round().astype("uint8")
+        Image.fromarray(digit).resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB").save(path)
 
 
 def _read_digits(folder: Path) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.pipeline import runs
 from kcrprune.pipeline.compress import open_for_run, purse_of
 from kcrprune.pipeline.describe import class_count, file_bytes, report_path
-from kcrprune.plan import AXES
+from kcrprune.plan import AXES, Axis
 from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
@@ -86,7 +86,8 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
     """What a file holds, how that is known, what can be cut and how far; nothing is trained."""
     opened = open_for_run(path, config)
     macs = count_macs(opened.model, opened.preprocessing.input_size)
-    axes, floor = (), {}
+    axes: tuple[Axis, ...] = ()
+    floor = {}
     if opened.plan is None:
         allowed = {axis for site in family_of(opened.model).sites(opened.model) for axis in site.axes}
         axes = tuple(axis for axis in AXES if axis in allowed)

@@ -1,4 +1,4 @@
-"""What every training stage shares: the device, an endless stream of batches, the kernel term's basis."""
+"""What every training stage shares: the device, an endless stream of batches, a watch on the kernel."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
-from kcrprune.method.kernel_complexity import Covariance, rank_for
+from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -52,8 +52,8 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from batches
 
 
-class BasisKeeper:
-    """Refreshes an objective's kernel basis every few steps from the features seen since the last time."""
+class KernelWatch:
+    """Follows the features of a training stage: their KC, and an objective's basis, both renewed every few steps."""
 
     def __init__(self, objective: Objective, rank_share: float, every: int) -> None:
         self.objective = objective
@@ -62,18 +62,20 @@ class BasisKeeper:
         self.seen: Covariance | None = None
         self.steps = 0
 
-    def see_(self, features: Tensor) -> None:
-        """Takes in the features (batch, d) of one step."""
-        if self.objective.kernel_weight == 0:
-            return
+    def see_(self, features: Tensor) -> dict[str, float]:
+        """Takes in the features (batch, d) of one step; returns KC over the last steps when it is renewed."""
         self.seen = self.seen or Covariance(features.shape[1])
         self.seen.add_(features)
         self.steps += 1
-        if self.steps % self.every == 0 or self.objective.basis is None:
+        if self.steps % self.every and self.steps > 1:
+            return {}
+        if self.objective.kernel_weight > 0:
             rank = rank_for(self.rank_share, self.seen.images, features.shape[1])
             self.objective.basis = self.seen.basis(rank).to(features)
-            if self.steps % self.every == 0:
-                self.seen = None
+        found = kernel_complexity(self.seen.spectrum(), self.seen.images)
+        if self.steps % self.every == 0:
+            self.seen = None
+        return {"kc": found.kc}
 
 
 def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Objective:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, StepDone
 from kcrprune.method.objective import Objective
-from kcrprune.training.loop import BasisKeeper, mean_loss
+from kcrprune.training.loop import KernelWatch, mean_loss
 
 CHECKS = 4  # how often the held-out loss is looked at
 
@@ -47,7 +47,7 @@ def recover_(
     device = accelerator.device
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps))
-    keeper = BasisKeeper(objective, config.kernel_rank, config.kernel_every)
+    watch = KernelWatch(objective, config.kernel_rank, config.kernel_every)
     best, best_step = mean_loss(objective, model.eval(), held_out, device), 0
     before, kept, history = best, copy.deepcopy(model.state_dict()), []
     for step in range(1, steps + 1):
@@ -60,8 +60,7 @@ def recover_(
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
         schedule.step()
-        keeper.see_(loss.features)
-        figures = dict(loss.parts)
+        figures = loss.parts | watch.see_(loss.features)
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             figures["held_out"] = mean_loss(objective, model.eval(), held_out, device)
             if figures["held_out"] < best:

@@ -17,7 +17,7 @@ from kcrprune.events import Listener, StepDone
 from kcrprune.method.budget import Scores, channel_macs, expected_macs
 from kcrprune.method.gates import Gates, temperature_at
 from kcrprune.method.objective import Loss, Objective
-from kcrprune.training.loop import BasisKeeper
+from kcrprune.training.loop import KernelWatch
 
 SPREAD = 1.5  # standard deviation of the first logits (a choice of ours: most gates start undecided, few saturate)
 LIMIT = 4.0  # largest first logit, so that no gate starts beyond the reach of its gradient
@@ -56,7 +56,7 @@ def search_(
         weight.requires_grad_(config.search_weight_lr > 0)
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=config.search_lr)
     weight_optimizer = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
-    keeper = BasisKeeper(objective, config.kernel_rank, config.kernel_every)
+    watch = KernelWatch(objective, config.kernel_rank, config.kernel_every)
     history = []
     for step in range(steps):
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
@@ -65,10 +65,13 @@ def search_(
             _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
         gates.sample_(temperature, generator)
         loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
-        keeper.see_(loss.features)
         shift_to_budget_(gates, dense_macs, config.target_flops)
         share = float(expected_macs(dense_macs, gates).detach()) / dense_macs
-        history.append({"step": step + 1, "temperature": temperature, "expected_macs": share} | loss.parts)
+        history.append(
+            {"step": step + 1, "temperature": temperature, "expected_macs": share}
+            | loss.parts
+            | watch.see_(loss.features)
+        )
         listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
     for weight in weights:
         weight.requires_grad_(True)
