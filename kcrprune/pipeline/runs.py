@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def choose_folder(out: Path | None, checkpoint: Path, target: float) -> Path:
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A working folder that takes the name `folder` when the block succeeds and vanishes when it fails."""
+    made = [parent for parent in folder.absolute().parents if not parent.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
@@ -56,6 +57,9 @@ def appearing(folder: Path) -> Iterator[Path]:
         working.rename(folder)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
         raise
 
 
