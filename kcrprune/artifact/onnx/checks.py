@@ -62,13 +62,14 @@ def _inside(folder: Path, location: str) -> Path:
     file = folder / location
     try:
         direct = "\0" not in location and file.resolve() == file and folder in file.parents
+        present = direct and file.is_file()
     except (OSError, RuntimeError):  # a name too long, a loop of links
-        direct = False
+        direct = present = False
     if not direct:
         raise CheckpointError(
             f"it wants data from {location[:200]!r}; only files in its own folder are read, and not through links"
         )
-    if not file.is_file():
+    if not present:
         raise CheckpointError(f"its data file {location[:200]!r} is missing; put it beside the graph")
     return file
 

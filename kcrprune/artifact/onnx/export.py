@@ -141,7 +141,11 @@ def _graph_of(network: nn.Module, input_size: tuple[int, int, int], opset: int) 
     except (RuntimeError, ValueError) as error:  # torch.onnx.OnnxExporterError is the first
         raise ExportError(f"PyTorch cannot export this {type(network).__name__}: {_reason(error)}") from error
     assert program is not None, "dynamo=True returns a program"
-    return program.model_proto
+    model = program.model_proto
+    written = [entry.version for entry in model.opset_import if not entry.domain]
+    if written != [opset]:  # the exporter falls back in silence
+        raise ExportError(f"this PyTorch cannot write opset {opset}, it wrote {written[0]}; choose that one")
+    return model
 
 
 def _reason(error: BaseException) -> str:
