@@ -1,0 +1,98 @@
+"""The documents tell the truth about the program: commands, verbs, links, the option reference."""
+
+import ast
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from typer import TyperException
+from typer.main import get_command
+
+import kcrprune
+from kcrprune.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(page, *languages):
+    return [body for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+def commands(text):
+    """The kcrprune command lines of a console block, each as its words, without what a shell redirects."""
+    joined = text.replace("\\\n", " ")
+    lines = [line.removeprefix("$ ") for line in joined.splitlines() if line.startswith("$ ")]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|\||>", line)]
+    return [shlex.split(part)[1:] for part in parts if re.match(r"(\.venv/bin/)?kcrprune\b", part)]
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def parse(words):
+    """Parses a command line without running it."""
+    group = get_command(app)
+    if words[0].startswith("-"):
+        return group.make_context("kcrprune", words, resilient_parsing=True)
+    command = group.get_command(None, words[0])  # type: ignore[attr-defined]
+    assert command is not None, words
+    return command.make_context(words[0], words[1:], resilient_parsing="--help" in words)
+
+
+SHOWN = [(page.name, words) for page in PAGES for body in blocks(page, "console") for words in commands(body)]
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_every_command_that_is_shown_exists(page, words):
+    parse(words)
+
+
+def test_a_command_that_does_not_exist_is_found():
+    [words] = commands("$ kcrprune compress vit.pth --target-ratio 0.5 > log.txt\n")
+    with pytest.raises(TyperException, match="--target-ratio"):
+        parse(words)
+
+
+def test_the_readme_shows_every_command():
+    readme = {words[0] for body in blocks(ROOT / "README.md", "console") for words in commands(body)}
+    assert readme >= set(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_use_what_exists(page):
+    for body in blocks(page, "python"):
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kcrprune":
+                assert node.attr in kcrprune.__all__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def test_the_option_reference_is_up_to_date():
+    reference = runpy.run_path(str(ROOT / "docs" / "cli_reference.py"))
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference["page"](), "run docs/cli_reference.py"
+
+
+def test_the_architecture_names_every_unit_and_only_what_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(kcrprune/[\w./]+)`", text))
+    assert all((ROOT / path).exists() for path in named)
+    units = {path for path in (ROOT / "kcrprune").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {path.name for path in units} - {"__main__.py"} <= {path.split("/")[1] for path in named}
