@@ -1,0 +1,163 @@
+"""The search meets its budget at every step, repeats bit for bit, and recovery never ends worse."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from kcrprune.config import RunConfig
+from kcrprune.errors import ConfigError
+from kcrprune.events import Event, StepDone
+from kcrprune.measure.macs import count_macs
+from kcrprune.method.budget import expected_macs
+from kcrprune.method.objective import Objective, feature_distance, logit_distance
+from kcrprune.surgery.gated import add_gates_
+from kcrprune.training.loop import endless, make_objective, open_accelerator
+from kcrprune.training.recover import recover_
+from kcrprune.training.scores import fisher_scores
+from kcrprune.training.search import learned_scores, search_, shift_to_budget_, start_logits_
+from tests.conftest import Tiny
+
+CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_weight=0.5, kernel_every=2)
+
+
+def batches(tiny: Tiny, seed: int = 0) -> DataLoader:
+    labels = torch.arange(12) % 5
+    return DataLoader(TensorDataset(tiny.images(12, seed), labels), 4)
+
+
+def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
+    dense = tiny.model()
+    macs = count_macs(dense, tiny.input_size)
+    model = copy.deepcopy(dense)
+    gates = add_gates_(model, config.axes)
+    scores = fisher_scores(model, gates, [tiny.images(4)], torch.Generator().manual_seed(0))
+    found = search_(
+        model,
+        gates,
+        scores,
+        macs,
+        make_objective(config, dense, labelled=True),
+        config,
+        open_accelerator("cpu", "fp32"),
+        endless(batches(tiny, 1)),
+        endless(batches(tiny, 2)),
+        steps=5,
+        listener=events.append,
+    )
+    return dense, model, gates, found, macs
+
+
+def test_the_budget_is_met_at_every_step_and_every_figure_is_told(tiny: Tiny):
+    events: list[Event] = []
+    searched(tiny, CONFIG, events)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5]
+    for event in steps:
+        assert event.values["expected_macs"] == pytest.approx(0.8, abs=1e-3)
+        assert {"loss", "labels", "distill", "temperature"} <= set(event.values)
+    assert any("kc" in event.values for event in steps)
+    assert "kernel" in steps[-1].values
+
+
+def test_same_seed_same_logits_and_frozen_weights(tiny_vit: Tiny):
+    first, second = (searched(tiny_vit, CONFIG, []) for _ in range(2))
+    for (_, _, a), (_, _, b) in zip(first[2], second[2], strict=True):
+        assert torch.equal(a.logits, b.logits)
+    dense, model = first[0].state_dict(), first[1].state_dict()
+    assert all(torch.equal(dense[name], model[name]) for name in dense)
+    assert not torch.equal(first[2].parameters()[0], torch.zeros_like(first[2].parameters()[0]))
+
+
+def test_weights_learn_when_they_are_asked_to(tiny_vit: Tiny):
+    dense, model, *_ = searched(tiny_vit, CONFIG.model_copy(update={"search_weight_lr": 1e-3}), [])
+    moved = model.state_dict()
+    assert any(not torch.equal(value, moved[name]) for name, value in dense.state_dict().items())
+
+
+def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(tiny_vit: Tiny):
+    model = tiny_vit.model()
+    macs = count_macs(model, tiny_vit.input_size)
+    gates = add_gates_(model, CONFIG.axes)
+    scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
+    start_logits_(gates, scores)
+    shift_to_budget_(gates, macs, 0.75)
+    assert float(expected_macs(macs, gates).detach()) == pytest.approx(0.75 * macs, rel=1e-4)
+    back = learned_scores(gates)
+    for site, axis, _ in gates:
+        given, returned = scores[site.name][axis].flatten(), back[site.name][axis].flatten()
+        order = given.argsort()
+        assert (returned[order].diff() >= 0).all()
+
+
+def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
+    dense = tiny.model()
+    torch.manual_seed(0)
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    config = CONFIG.model_copy(update={"lr": 1e-3, "task": "distill"})
+    objective = make_objective(config, dense, labelled=True)
+    found = recover_(
+        model,
+        objective,
+        config,
+        open_accelerator("cpu", "fp32"),
+        endless(batches(tiny)),
+        batches(tiny, 7),
+        steps=8,
+        listener=lambda event: None,
+    )
+    held_out = [row["held_out"] for row in found.history if "held_out" in row]
+    assert found.loss_after == pytest.approx(min([found.loss_before, *held_out]))
+    objective.basis = None
+    with torch.no_grad():
+        total = sum(float(objective(model, x, y).total) * len(x) for x, y in batches(tiny, 7)) / 12
+    assert total == pytest.approx(found.loss_after, rel=1e-4)
+
+
+def test_a_rate_that_ruins_the_network_leaves_it_as_it_was(tiny_vit: Tiny):
+    dense = tiny_vit.model()
+    model = copy.deepcopy(dense)
+    config = CONFIG.model_copy(update={"lr": 10.0, "task": "distill", "warmup_steps": 0})
+    found = recover_(
+        model,
+        make_objective(config, dense, labelled=True),
+        config,
+        open_accelerator("cpu", "fp32"),
+        endless(batches(tiny_vit)),
+        batches(tiny_vit, 7),
+        steps=4,
+        listener=lambda event: None,
+    )
+    assert found.kept_step == 0
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in dense.state_dict().items())
+
+
+def test_the_parts_of_the_loss_add_up(tiny_vit: Tiny):
+    dense, model = tiny_vit.model(), tiny_vit.model(1)
+    basis = torch.linalg.qr(torch.randn(24, 3)).Q
+    objective = Objective(dense, use_labels=True, use_dense=True, kernel_weight=2.0, basis=basis)
+    loss = objective(model, tiny_vit.images(4), torch.tensor([0, 1, -1, 2]))
+    parts = loss.parts
+    assert parts["loss"] == pytest.approx(parts["labels"] + parts["distill"] + 2.0 * parts["kernel"], rel=1e-5)
+    assert objective(dense, tiny_vit.images(4), torch.zeros(4, dtype=torch.long)).parts["distill"] == pytest.approx(0)
+
+
+def test_distances_are_zero_only_at_the_dense_output():
+    wanted = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    for distance in (logit_distance, feature_distance):
+        assert float(distance(wanted, wanted)) == pytest.approx(0, abs=1e-6)
+        assert float(distance(wanted * 0.5, wanted)) > 0
+    assert float(feature_distance(torch.zeros(3, 4), wanted)) == pytest.approx(1)
+
+
+def test_a_device_or_task_that_is_not_to_be_had_is_refused(tiny_vit: Tiny):
+    with pytest.raises(ConfigError, match=r"device 'cuda:99' is not here"):
+        open_accelerator("cuda:99", "fp32")
+    with pytest.raises(ConfigError, match="precision fp16 needs a GPU"):
+        open_accelerator("cpu", "fp16")
+    with pytest.raises(ConfigError, match="task 'labels' needs labelled images"):
+        make_objective(CONFIG.model_copy(update={"task": "labels"}), tiny_vit.model(), labelled=False)
