@@ -115,6 +115,10 @@ def test_damaged_metadata_are_refused(written, key, value):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.*run `git lfs pull`"),
         (b"PK\x03\x04" + bytes(64), "no ONNX graph, or it is damaged or cut short; fetch it again"),
         (classifier().SerializeToString()[:200], "no ONNX graph, or it is damaged or cut short"),
+        (
+            classifier().SerializeToString().replace(b"weight", b"we\xe5ght"),
+            "the graph is damaged: a name in it is no text",
+        ),
         (onnx.ModelProto(ir_version=10), "no ONNX graph: it holds no operators"),
         (classifier((3, 8, 8)), r"its input 'x' is not a floating-point tensor \(batch, channels, height, width\)"),
         (classifier(("N", 3, 8, 2**40)), "which are no channels, height and width"),
@@ -160,6 +164,14 @@ def test_a_graph_that_cannot_run_says_so_at_the_first_call(written, break_it):
     graph = open_onnx(written(model))
     with pytest.raises(CheckpointError, match=r"graph\.onnx (cannot be loaded by|fails in) ONNX Runtime: \S+"):
         graph(images(1))
+
+
+def test_nothing_is_printed_by_what_fails(written, capfd):
+    model = classifier()
+    model.graph.node[1].op_type = "\n\xff"
+    with pytest.raises(CheckpointError):
+        open_onnx(written(model))(images(1))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_data_beside_the_graph_are_read(written, tmp_path):

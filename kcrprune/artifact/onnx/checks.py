@@ -34,7 +34,17 @@ def parse(path: Path) -> ModelProto:
         raise CheckpointError("this is no ONNX graph, or it is damaged or cut short; fetch it again") from error
     if not model.graph.node or not model.ir_version:
         raise CheckpointError("this is no ONNX graph: it holds no operators")
+    if any(isinstance(text, bytes) for text in _texts(model)):  # protobuf's way to say that it is not UTF-8
+        raise CheckpointError("the graph is damaged: a name in it is no text; fetch it again")
     return model
+
+
+def _texts(model: ModelProto) -> Iterator[str | bytes]:
+    """The names and the metadata that are relied on."""
+    graph = model.graph
+    yield from (part.name for part in (*graph.initializer, *graph.input, *graph.output))
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
 
 
 def _recognise(start: bytes) -> None:
@@ -54,7 +64,7 @@ def external_bytes(model: ModelProto, folder: Path) -> int:
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            files.add(_inside(folder, entries.get("location", "")))
+            files.add(_inside(folder, str(entries.get("location", ""))))
     return sum(file.stat().st_size for file in files)
 
 

@@ -101,7 +101,12 @@ class OnnxModel:
         options.log_severity_level = FATAL_ONLY
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            return onnxruntime.InferenceSession(self.path.resolve(), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(
+                self.path.resolve(),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # its second attempt is the same, and it prints
+            )
         except Exception as error:  # ONNX Runtime's errors share no other base
             raise CheckpointError(f"{self.path} cannot be loaded by ONNX Runtime: {_first_line(error)}") from error
 
