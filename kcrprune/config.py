@@ -90,6 +90,8 @@ class RunConfig(Frozen):
         default=1e-3, description="Ridge of the refit, relative to the mean input energy."
     )
 
+    stages: PositiveInt = Field(1, description="Stages in which the budget tightens; each scores, cuts and refits.")
+
     # search and recovery
     search_steps: NonNegativeInt = Field(
         default=60, description="Gate steps of the search; 0 plans from the scores alone."

@@ -16,6 +16,7 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import dense_widths, expected_macs, predicted_macs, widths_macs
 from kcrprune.plan import AXES, ChannelPlan
 from kcrprune.surgery.balance import balance_, balancing, head_moments
+from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, harden_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_, full_plan
 from kcrprune.surgery.refit import NormalEquations, refit_
@@ -82,6 +83,19 @@ def test_expected_macs_of_hard_gates_are_the_plans(tiny: Tiny, seed: int):
     for _, _, gate in gates:
         gate.logits.data = (gate.value * 2 - 1) * 100  # probabilities of exactly 0 and 1
     assert int(expected_macs(dense_macs, gates).round()) == predicted_macs(dense_macs, sites(model), plan)
+
+
+@each_tiny
+@FEW
+@given(seed=SEEDS)
+@torch.no_grad()
+def test_an_expanded_network_computes_what_the_pruned_one_does(tiny: Tiny, seed: int):
+    model, images = tiny.model(), tiny.images()
+    plan = random_plan(model, "tiny", seed)
+    pruned = refit_(cut(model, plan), model, sites(model), plan, [tiny.images(16, seed)])
+    expanded = expand_(copy.deepcopy(model), pruned, sites(model), plan)
+    assert relative_error(expanded(images), pruned(images)) <= 1e-5
+    assert torch.equal(cut(expanded, plan)(images), pruned(images))
 
 
 def test_gates_leave_and_return_a_dense_model(tiny: Tiny):

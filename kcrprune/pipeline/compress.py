@@ -26,6 +26,7 @@ from kcrprune.pipeline import runs
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.surgery.balance import balance_
+from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, is_open, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
@@ -146,12 +147,12 @@ class _Run:
         if config.balance:
             with self.stage("balance"):
                 balance_(rotated, self.purse.sites, self.calibration)
-        with self.stage("score"):
-            gates = add_gates_(rotated, config.axes, include=config.include, exclude=config.exclude)
-            candidates = {"scores": self._score(rotated, gates)}
+        scores = self._score(rotated)
+        for number in range(1, config.stages):
+            scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
+        candidates = {"scores": scores}
         if config.search_steps > 0:
-            candidates["search"] = self._search(rotated, gates, candidates["scores"])
-        remove_gates_(rotated, gates)
+            candidates["search"] = self._search(rotated, scores)
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
@@ -188,18 +189,40 @@ class _Run:
     def _evaluate(self, model: nn.Module, reference: nn.Module | None) -> Accuracy | None:
         if self.images.evaluate is None:
             return None
-        return accuracy_of(evaluate(model, self._loader(self.images.evaluate, shuffle=False), reference=reference))
+        return accuracy_of(
+            evaluate(
+                model, self._loader(self.images.evaluate, shuffle=False), reference=reference, listener=self.listener
+            )
+        )
 
-    def _score(self, model: nn.Module, gates: Gates) -> Scores:
+    def _gate_(self, model: nn.Module) -> Gates:
+        return add_gates_(model, self.config.axes, include=self.config.include, exclude=self.config.exclude)
+
+    def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
-        if self.config.scores == "magnitude":
-            return magnitude_scores(model, gates)
-        if self.config.scores == "random":
-            return random_scores(gates, generator)
-        return fisher_scores(model, gates, self.score_batches, generator)
+        gates = self._gate_(model)
+        with self.stage("score"):
+            if self.config.scores == "magnitude":
+                scores = magnitude_scores(model, gates)
+            elif self.config.scores == "random":
+                scores = random_scores(gates, generator)
+            else:
+                scores = fisher_scores(model, gates, self.score_batches, generator)
+        remove_gates_(model, gates)
+        return scores
 
-    def _search(self, model: nn.Module, gates: Gates, scores: Scores) -> Scores:
+    def _tighten_(self, model: nn.Module, scores: Scores, share: float) -> Scores:
+        """Cuts and refits to a share above the target, writes that back in dense shape, and scores what is left."""
+        plan = solve(self.purse, scores, share, self.opened.architecture.name)
+        pruned = apply_plan_(copy.deepcopy(model), plan)
+        if self.config.refit:
+            self._refit(pruned, plan, f"to {share:.2f}")
+        expand_(model, pruned, self.purse.sites, plan)
+        return self._score(model)
+
+    def _search(self, model: nn.Module, scores: Scores) -> Scores:
         config = self.config
+        gates = self._gate_(model)
         gate_loader = self._loader(self.gate_images, shuffle=True)
         weight_loader = self._loader(self.weight_images, shuffle=True)
         steps = config.search_steps if config.epochs is None else config.epochs * len(gate_loader)
@@ -217,6 +240,7 @@ class _Run:
                 steps=steps,
                 listener=self.listener,
             )
+        remove_gates_(model, gates)
         self.histories["search"] = found.history
         return found.scores
 

@@ -13,6 +13,7 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import (
     WINDOW,
     Purse,
+    Scores,
     channel_macs,
     dense_widths,
     predicted_macs,
@@ -36,19 +37,14 @@ def purse_for(found: tuple[BlockSite, ...], axes: tuple[Axis, ...], rest: int = 
     return Purse(dense, found, {site.name: tuple(a for a in axes if a in site.axes) for site in found}, **limits)
 
 
-def random_scores(found: tuple[BlockSite, ...], seed: int):
+def random_scores(found: tuple[BlockSite, ...], seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        site.name: {
-            axis: (site.heads, site.head_dim) if axis.startswith("attn") else (dense_widths(site)[axis],)
-            for axis in site.axes
-        }
-        for site in found
-    }
-    return {
-        name: {axis: torch.rand(shape, generator=generator).exp() for axis, shape in axes.items()}
-        for name, axes in shapes.items()
-    }
+    scores: dict[str, dict[Axis, torch.Tensor]] = {site.name: {} for site in found}
+    for site in found:
+        for axis in site.axes:
+            shape = (site.heads, site.head_dim) if axis.startswith("attn") else (dense_widths(site)[axis],)
+            scores[site.name][axis] = torch.rand(shape, generator=generator).exp()
+    return scores
 
 
 def stack(site: BlockSite, depth: int) -> tuple[BlockSite, ...]:
