@@ -9,6 +9,8 @@ from pydantic import JsonValue
 # timm's arguments that shapes cannot tell; everything else is measured, so a file's word for it is not needed
 BELIEVED: Final = frozenset({"num_heads", "global_pool", "img_size", "window_size", "act_layer"})
 
+ASKED: Final = "as asked"  # the source of what the user said
+
 
 @dataclass(frozen=True)
 class Clues:
@@ -23,6 +25,7 @@ class Clues:
     norm_eps: float | None = None
     preprocessing: Mapping[str, JsonValue] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+    resembles: str = ""  # how the name begins, where several networks fit
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,14 @@ class Evidence:
         return None, ""
 
     @property
-    def name(self) -> tuple[str | None, str]:
-        """The network's name with its source."""
-        return next(((clue.name, clue.source) for clue in self.clues if clue.name), (None, ""))
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """What the network is called, with the sources."""
+        return tuple((clue.name, clue.source) for clue in self.clues if clue.name)
+
+    @property
+    def resembles(self) -> tuple[str, ...]:
+        """Beginnings of names, for the choice between networks that fit equally."""
+        return tuple(clue.resembles for clue in self.clues if clue.resembles)
 
     @property
     def norm_eps(self) -> tuple[float | None, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from kcrprune.artifact.clues import Clues, Evidence
+from kcrprune.artifact.clues import ASKED, Clues, Evidence
 from kcrprune.artifact.container import open_container
 from kcrprune.artifact.contents import read_all
 from kcrprune.artifact.evidence import stated
@@ -68,8 +68,8 @@ def open_dense(
     tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     classes = next((shapes[name][0] for name in ("head.weight", "head.fc.weight") if name in shapes), 0)
-    flags = Clues(source="as asked", name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
-    evidence = Evidence((flags, *stated(contents, classes), located.layout.clues(contents.config, shapes)))
+    flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
+    evidence = Evidence((flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes)))
     inferred = infer(shapes, evidence, path)
     sized, size_notes = with_size(inferred, img_size)
     final, head_notes = with_head(sized, num_classes, path)

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from pydantic import JsonValue
 
-from kcrprune.artifact.clues import Evidence
-from kcrprune.artifact.known import Kind, Known, known, table
+from kcrprune.artifact.clues import ASKED, Evidence
+from kcrprune.artifact.known import Kind, Known, bare_name, known, table
 from kcrprune.artifact.measured import Shapes, measure
-from kcrprune.errors import CheckpointError, ConfigError
+from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError
 from kcrprune.plan import Architecture
 
 # a network of each kind whose arguments are overridden where no known one has the sizes
@@ -49,7 +49,7 @@ class Inferred:
 def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
     """The timm name and arguments of a network; CheckpointError with the way out where something cannot be known."""
     measured = measure(shapes, evidence)
-    base, certain, notes = _base(measured, evidence, path)
+    base, certain, notes = _base(measured, evidence)
     if not measured.num_heads:
         heads, why = _heads(measured, base, evidence, path)
         measured = replace(measured, num_heads=heads)
@@ -72,37 +72,54 @@ def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
     return Inferred(architecture, network, certain, (*notes, *act_note))
 
 
-def _base(measured: Known, evidence: Evidence, path: Path) -> tuple[Known, bool, tuple[str, ...]]:
-    name, source = evidence.name
-    if name is not None:
-        row = known(name)
-        if row.kind != measured.kind:
-            raise ConfigError(
-                f"{path} holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}; leave it out or "
-                "name a network of the right kind"
-            )
-        same = row.sizes == measured.sizes
-        sizes = "" if same else f", with the sizes of the file: width {measured.embed_dim}, depth {measured.depth}"
-        return row, True, (f"architecture {row.name}: {source}{sizes}",)
-    ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, path))
+def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, ...]]:
+    """The registered network that the file's is described by, whether it is sure, and how that is known."""
+    ignored: list[str] = []
+    for name, source in evidence.names:
+        try:
+            row = _named(measured, name, source)
+        except KcrPruneError:
+            if source == ASKED:
+                raise
+            ignored.append(f"{source} names {name}, which this is not: ignored")
+        else:
+            sizes = "" if row.sizes == measured.sizes else f", with the sizes of the file: {_sizes(measured)}"
+            return row, True, (*ignored, f"architecture {row.name}: {source}{sizes}")
+    ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, evidence))
     if not ranked:
         row = known(PLAIN[measured.kind])
-        sizes = f"width {measured.embed_dim}, depth {measured.depth}, hidden {measured.hidden}"
-        return row, False, (f"architecture {row.name} with other sizes: no network of timm has {sizes}",)
+        return (
+            row,
+            False,
+            (*ignored, f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"),
+        )
     best = ranked[0]
-    twins = [
-        row.name for row in ranked[1:] if _distance(row, measured, path)[:-1] == _distance(best, measured, path)[:-1]
-    ]
-    also = f" (also fits: {', '.join(twins)}; --arch chooses)" if twins else ""
-    return best, True, (f"architecture {best.name}: its sizes and parts are those of the file{also}",)
+    closest = _distance(best, measured, evidence)
+    twins = [row.name for row in ranked[1:] if _distance(row, measured, evidence)[:-1] == closest[:-1]]
+    also = f" (so are those of {', '.join(twins[:4])}; --arch chooses)" if twins else ""
+    return best, True, (*ignored, f"architecture {best.name}: its sizes and parts are those of the file{also}")
+
+
+def _named(measured: Known, name: str, source: str) -> Known:
+    row = known(name)
+    if row.kind != measured.kind:
+        raise ConfigError(
+            f"the file holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}; leave it out or "
+            "name a network of the right kind"
+        )
+    return row
+
+
+def _sizes(measured: Known) -> str:
+    return f"width {measured.embed_dim}, depth {measured.depth}, hidden {measured.hidden}"
 
 
 def _same_size(measured: Known) -> list[Known]:
     return [row for row in table() if row.kind == measured.kind and row.sizes == measured.sizes]
 
 
-def _distance(row: Known, measured: Known, path: Path) -> tuple[int, ...]:
-    """Orders the networks of one size: different parts first, then patch, image and classes, last the file's name."""
+def _distance(row: Known, measured: Known, evidence: Evidence) -> tuple[int, ...]:
+    """Orders the networks of one size: different parts first, then patch, image and classes, last the look."""
     parts = sum(getattr(row, trait) != getattr(measured, trait) for trait in TRAITS)
     plain = row.act not in ("GELU",)
     numbers = [
@@ -110,17 +127,19 @@ def _distance(row: Known, measured: Known, path: Path) -> tuple[int, ...]:
         abs(row.img_size - measured.img_size),
         row.num_classes != measured.num_classes,
     ]
-    return (parts, plain, *numbers, not path.name.startswith(row.name))
+    alike = next((index for index, start in enumerate(evidence.resembles) if row.name.startswith(start)), 9)
+    return (parts, plain, *numbers, alike)
 
 
 def _heads(measured: Known, base: Known, evidence: Evidence, path: Path) -> tuple[int, str]:
     said, source = evidence.argument("num_heads")
-    name, name_source = evidence.name
+    name, name_source = next(iter(evidence.names), (None, ""))
     if said is not None:
         if type(said) is not int or said < 1 or measured.embed_dim % said:
             raise ConfigError(f"{said!r} heads ({source}) do not divide the width {measured.embed_dim} of {path}")
         return said, f"heads {said}: {source}"
-    if name is not None and base.embed_dim == measured.embed_dim and isinstance(base.num_heads, int):
+    named = name is not None and base.name == bare_name(name)
+    if named and base.embed_dim == measured.embed_dim and isinstance(base.num_heads, int):
         return base.num_heads, f"heads {base.num_heads}: {base.name} ({name_source})"
     rows = _same_size(measured)
     alike = [row for row in rows if all(getattr(row, t) == getattr(measured, t) for t in TRAITS)] or rows

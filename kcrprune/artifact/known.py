@@ -65,11 +65,16 @@ def table() -> tuple[Known, ...]:
 
 def known(name: str) -> Known:
     """The network that timm registers as `name`; ConfigError for a name that it does not know."""
-    bare = name.removeprefix("hf-hub:").rsplit("/", 1)[-1].split(".", 1)[0]  # timm/vit_small_patch16_224.augreg_in1k
+    bare = bare_name(name)
     for row in table():
         if row.name == bare:
             return row
     return _measured(bare)
+
+
+def bare_name(name: str) -> str:
+    """The network in a longer name, such as hf-hub:timm/vit_small_patch16_224.augreg_in1k."""
+    return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
 def is_known(name: str) -> bool:

@@ -9,6 +9,7 @@ from kcrprune.artifact.contents import Contents, TensorRef
 from kcrprune.artifact.layouts import LAYOUTS
 from kcrprune.artifact.layouts.base import Layout
 from kcrprune.artifact.layouts.refused import REFUSED
+from kcrprune.artifact.modules import is_module, state_dict
 from kcrprune.errors import CheckpointError, UnsupportedModelError
 
 Refs = Mapping[str, TensorRef]
@@ -34,7 +35,9 @@ WRAPPERS: Final[dict[str, str]] = {
     "student": "student of a self-distilled network",
 }
 PREFERRED: Final = ("teacher", "ema", "base_encoder")  # words in a prefix, where a file holds several networks
-DEEPEST = 4  # ours; wrappers inside wrappers
+DEEPEST: Final = 4  # ours; wrappers inside wrappers
+MOST_CANDIDATES: Final = 8  # ours
+FEWEST: Final = 8  # ours; a table with fewer tensors is no network (an optimizer has many such)
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class Located:
         if self.left_out:
             some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
             notes.append(f"{len(self.left_out)} tensors that are not the network's left out: {some}")
+        if self.layout.remark:
+            notes.append(self.layout.remark)
         return tuple(notes)
 
 
 def locate(contents: Contents) -> Located:
     """The network of a file; UnsupportedModelError for a known one that cannot be cut, else CheckpointError."""
-    candidates = list(islice(_state_dicts(contents.tree), 64))
+    candidates = list(islice(_state_dicts(contents.tree), MOST_CANDIDATES))
     for trail, refs in candidates:
         shapes = {name: ref.shape for name, ref in refs.items()}
         for refused in REFUSED:
@@ -77,18 +82,29 @@ def locate(contents: Contents) -> Located:
     raise CheckpointError(_nothing(contents, candidates))
 
 
-def _state_dicts(tree: Any, trail: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Refs]]:
-    """Every table of tensors, best first."""
-    if not isinstance(tree, Mapping):
+def _state_dicts(
+    tree: Any, trail: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[tuple[str, ...], Refs]]:
+    """Every table of tensors, best first; parts that are shared are looked at once."""
+    seen = set() if seen is None else seen
+    if id(tree) in seen:
         return
-    refs = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorRef)}
-    if refs:
+    seen.add(id(tree))
+    refs = state_dict(tree) if is_module(tree) else _refs(tree)
+    if len(refs) >= FEWEST:
         yield trail, refs
-    if len(trail) < DEEPEST:
+    if isinstance(tree, Mapping) and len(trail) < DEEPEST:
         known = [key for key in WRAPPERS if key in tree]
         others = [key for key in tree if isinstance(key, str) and key not in WRAPPERS]
         for key in (*known, *others):
-            yield from _state_dicts(tree[key], (*trail, key))
+            yield from _state_dicts(tree[key], (*trail, key), seen)
+
+
+def _refs(tree: Any) -> Refs:
+    """The tensors that a table holds itself."""
+    if not isinstance(tree, Mapping):
+        return {}
+    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorRef)}
 
 
 def _prefixes(refs: Refs, anchor: str) -> list[str]:
@@ -107,10 +123,11 @@ def _strip(refs: Refs, prefix: str, layout: Layout) -> Refs:
     inside = {name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)}
     parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
     beside = {name: refs[parent + name] for name in layout.outside if parent + name in refs and name not in inside}
-    return {name: ref for name, ref in (inside | beside).items() if not name.startswith(layout.dropped or ("\0",))}
+    return inside | beside
 
 
 def _located(trail: tuple[str, ...], refs: Refs, found: Refs, prefix: str, layout: Layout) -> Located:
+    found = {name: ref for name, ref in found.items() if not name.startswith(layout.dropped)}
     taken = {id(ref) for ref in found.values()}
     left_out = tuple(sorted(name for name, ref in refs.items() if id(ref) not in taken))
     return Located(found, layout, trail, prefix, left_out)

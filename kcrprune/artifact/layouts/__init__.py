@@ -2,12 +2,30 @@
 
 from typing import Final
 
-from kcrprune.artifact.layouts import timm
+from kcrprune.artifact.layouts import huggingface, selfsupervised, timm, torchvision
 from kcrprune.artifact.layouts.base import Layout
 
 LAYOUTS: Final[tuple[Layout, ...]] = (
     timm.OFFICIAL_SWIN,
     timm.SWIN,
     timm.DISTILLED,
+    selfsupervised.MAE,
+    selfsupervised.MOCO,
+    selfsupervised.DINOV2_CHUNKED,
+    selfsupervised.DINOV2,
+    timm.DEIT3,
+    timm.OPEN_CLIP,
     timm.VIT,
+    torchvision.VIT,
+    torchvision.SWIN,
+    huggingface.DISTILLED_DEIT,
+    huggingface.DEIT,
+    huggingface.MAE,
+    huggingface.IJEPA,
+    huggingface.REGISTERS,
+    huggingface.DINOV2_CLASSIFIER,
+    huggingface.DINOV2,
+    huggingface.VIT,
+    huggingface.SWIN,
+    huggingface.CLIP,
 )

@@ -1,7 +1,7 @@
 """The contract of a layout: one way in which somebody names the tensors of a ViT or a Swin."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class Layout:
     `convert` brings the tensors to timm's names, or to older names that timm's own conversion knows.
     `clues` reads the library's configuration (the config.json beside the file, or {}), and states its defaults.
     `outside` are names that this layout keeps outside the prefix, such as a classifier beside a backbone.
-    `dropped` are prefixes of tensors that belong to training and not to the network.
+    `dropped` are prefixes of tensors that belong to training and not to the network; `remark` is told to people.
     """
 
     name: str
@@ -41,4 +41,5 @@ class Layout:
     convert: Callable[[Tensors], Tensors] = as_they_are
     clues: Callable[[Mapping[str, Any], Shapes], Clues] = says_nothing
     outside: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = field(default=())
+    dropped: tuple[str, ...] = ()
+    remark: str = ""

@@ -1,6 +1,9 @@
 """Layouts with timm's names, and older names that timm's own conversion brings up to date."""
 
-from kcrprune.artifact.layouts.base import Layout, Shapes
+import torch
+
+from kcrprune.artifact.layouts.base import Layout, Shapes, Tensors
+from kcrprune.artifact.layouts.renaming import rename
 
 PATCH = "patch_embed.proj.weight"
 
@@ -22,7 +25,26 @@ def _is_official_swin(shapes: Shapes) -> bool:
     return _is_swin(shapes) and (buffers or "layers.0.downsample.reduction.weight" in shapes)
 
 
+def _is_deit3(shapes: Shapes) -> bool:
+    return _is_vit(shapes) and "blocks.0.gamma_1" in shapes
+
+
+def _is_open_clip(shapes: Shapes) -> bool:
+    return _is_vit(shapes) and "head.proj.weight" in shapes
+
+
+def _open_clip(tensors: Tensors) -> Tensors:
+    """The image tower of OpenCLIP, its projection as the head."""
+    named = rename(tensors, ((r"^head\.proj\.", "head."),))
+    named.setdefault("head.bias", torch.zeros(len(named["head.weight"])))
+    return named
+
+
 OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin)
 SWIN = Layout("timm Swin", PATCH, _is_swin)
 DISTILLED = Layout("distilled DeiT", PATCH, _is_distilled)
+DEIT3 = Layout("official DeiT III", PATCH, _is_deit3)
+OPEN_CLIP = Layout(
+    "OpenCLIP around timm", PATCH, _is_open_clip, _open_clip, outside=("head.proj.weight", "head.proj.bias")
+)
 VIT = Layout("timm ViT", PATCH, _is_vit)
