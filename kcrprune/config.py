@@ -28,6 +28,9 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scores = Literal["fisher", "magnitude", "random"]
 
 
+# Defaults are named (`default=`): type checkers take a positional one for a missing argument.
+
+
 class RunConfig(Frozen):
     """Everything that `kcrprune compress` can be told; a TOML file has the same names, flags win over it."""
 
@@ -90,7 +93,9 @@ class RunConfig(Frozen):
         default=1e-3, description="Ridge of the refit, relative to the mean input energy."
     )
 
-    stages: PositiveInt = Field(1, description="Stages in which the budget tightens; each scores, cuts and refits.")
+    stages: PositiveInt = Field(
+        default=1, description="Stages in which the budget tightens; each scores, cuts and refits."
+    )
 
     # search and recovery
     search_steps: NonNegativeInt = Field(

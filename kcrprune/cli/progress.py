@@ -6,7 +6,16 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from kcrprune.events import Event, Note, StageEnded, StageStarted, StepDone
@@ -66,7 +75,7 @@ class LiveProgress:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            _Steps(),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -117,6 +126,13 @@ class QuietProgress(PlainProgress):
         """Shows a warning; everything else passes unseen."""
         if isinstance(event, Note) and event.warning:
             super().__call__(event)
+
+
+class _Steps(ProgressColumn):
+    """How many steps of how many; empty where a stage has no known length."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class _Bars(Progress):
