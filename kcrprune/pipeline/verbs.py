@@ -12,8 +12,8 @@ from kcrprune.families import family_of
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.pipeline import runs
-from kcrprune.pipeline.compress import open_for_run, purse_of
 from kcrprune.pipeline.describe import class_count, file_bytes, report_path
+from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.plan import AXES, Axis
 from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation

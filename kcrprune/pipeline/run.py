@@ -1,0 +1,292 @@
+"""One run, stage by stage: load, balance, score, search, cut, refit, recover, measure, save."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from kcrprune.artifact.checkpoint import open_model, save_model
+from kcrprune.artifact.formats import Opened
+from kcrprune.config import RunConfig
+from kcrprune.errors import CheckpointError, DataError
+from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
+from kcrprune.measure.macs import count_macs
+from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
+from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
+from kcrprune.method.gates import Gates
+from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
+from kcrprune.pipeline.network import open_for_run, purse_of
+from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.balance import balance_
+from kcrprune.surgery.expanded import expand_
+from kcrprune.surgery.gated import add_gates_, remove_gates_
+from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.refit import refit_
+from kcrprune.training.data import loader, open_images, sample, split
+from kcrprune.training.evaluate import evaluate
+from kcrprune.training.loop import endless, make_objective, mean_loss, open_accelerator
+from kcrprune.training.recover import Recovered, recover_
+from kcrprune.training.scores import fisher_scores, magnitude_scores, random_scores
+from kcrprune.training.search import search_
+
+HELD_OUT = 512  # images, at most, that decide between plans and between weights
+
+
+@dataclass
+class Run:
+    """One run's state, filled from the first stage to the last."""
+
+    config: RunConfig
+    listener: Listener
+    stages: list[StageTime] = field(default_factory=list)
+    histories: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    decisions: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def load(self, checkpoint: Path) -> None:
+        """Opens the network and the images; refuses what cannot work."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.accelerator = open_accelerator(config.device, config.precision)
+        self.opened = open_for_run(checkpoint, config)
+        if self.opened.plan is not None:
+            raise CheckpointError(f"{checkpoint} is pruned already; compress the dense checkpoint that it came from")
+        self.dense = self.opened.model.to(self.accelerator.device)
+        self.macs = count_macs(self.dense, self.opened.preprocessing.input_size)
+        self.purse = purse_of(self.dense, self.macs, config)
+        require_reachable(self.purse, config.target_flops)
+        self.images = open_images(config, self.opened.preprocessing, class_count(self.dense))
+        self._say(
+            f"{self.opened.architecture.name} ({self.opened.layout}), {self.macs:,} MACs, {self.images.description}"
+        )
+        if self.images.generated:
+            self._say("no data was given: images are generated, and the task is to agree with the dense network", True)
+        self._split_images()
+
+    def _say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (private, read at the call)
+        self.notes.append(text)
+        self.listener(Note(text, warning))
+
+    def _split_images(self) -> None:
+        """Sets aside what decides between plans; of the rest, weights and gates get a part each."""
+        config, images = self.config, self.images
+        total = len(images.train)  # type: ignore[arg-type]
+        rest = 1 - min(HELD_OUT, total // 5) / max(1, total)
+        self.training_images, _ = split(images.train, rest, config.seed)
+        calibrate, held_out = split(images.calibrate, rest, config.seed)
+        self.weight_images, self.gate_images = split(self.training_images, config.search_split, config.seed)
+        calibrate = sample(calibrate, config.calibration_images, config.seed)
+        self.calibration = self._batches(calibrate)
+        self.score_batches = self._batches(sample(calibrate, config.score_images, config.seed))
+        self.held_out = self._loader(held_out, shuffle=False)
+
+    def _loader(self, dataset: Dataset, *, shuffle: bool) -> DataLoader:
+        config = self.config
+        size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
+        if size == 0:
+            raise DataError("too few images: search, calibration and held-out part each need at least one")
+        return loader(dataset, size, shuffle=shuffle, seed=config.seed, workers=config.workers, drop_last=shuffle)
+
+    def _batches(self, dataset: Dataset) -> list[Tensor]:
+        return [images for images, _ in self._loader(dataset, shuffle=False)]
+
+    def compress(self, path: Path, final_path: Path) -> Comparison:
+        """Everything between the loaded network and the saved one."""
+        config = self.config
+        with self.stage("measure dense"):
+            kernel_before, accuracy_before = self._measure(self.dense, None)
+        rotated = copy.deepcopy(self.dense)
+        if config.balance:
+            with self.stage("balance"):
+                balance_(rotated, self.purse.sites, self.calibration)
+        scores = self._score(rotated)
+        for number in range(1, config.stages):
+            scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
+        candidates = {"scores": scores}
+        if config.search_steps > 0:
+            candidates["search"] = self._search(rotated, scores)
+        plan, pruned = self._cut(rotated, candidates)
+        cut = self._recover(pruned)
+        with self.stage("measure pruned"):
+            kernel_after, accuracy_after = self._measure(pruned, self.dense)
+        assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
+            self.macs, self.purse.sites, plan
+        ), "predicted and counted MACs differ"
+        with self.stage("save"):
+            after = self._save(pruned, plan, path, kernel_after, accuracy_after)
+        return Comparison(
+            before=report_of(self.opened, kernel=kernel_before, accuracy=accuracy_before),
+            after=report_of(after, kernel=kernel_after, accuracy=accuracy_after).model_copy(
+                update={"source": str(final_path), "file_bytes": file_bytes(path)}
+            ),
+            cut=cut,
+            stages=tuple(self.stages),
+            settings=config.model_dump(mode="json", exclude_defaults=True),
+            notes=tuple(self.notes),
+        )
+
+    @contextmanager
+    def stage(self, name: str, steps: int | None = None) -> Iterator[None]:
+        """Announces a stage and takes its time."""
+        self.listener(StageStarted(name, steps))
+        start = perf_counter()
+        yield
+        seconds = perf_counter() - start
+        self.stages.append(StageTime(stage=name, seconds=seconds))
+        self.listener(StageEnded(name, seconds))
+
+    def _measure(self, model: nn.Module, reference: nn.Module | None) -> tuple[KernelFigures, Accuracy | None]:
+        return kernel_figures(model, self.calibration, self.config.kernel_rank), self._evaluate(model, reference)
+
+    def _evaluate(self, model: nn.Module, reference: nn.Module | None) -> Accuracy | None:
+        if self.images.evaluate is None:
+            return None
+        return accuracy_of(
+            evaluate(
+                model, self._loader(self.images.evaluate, shuffle=False), reference=reference, listener=self.listener
+            )
+        )
+
+    def _gate_(self, model: nn.Module) -> Gates:
+        return add_gates_(model, self.config.axes, include=self.config.include, exclude=self.config.exclude)
+
+    def _score(self, model: nn.Module) -> Scores:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        gates = self._gate_(model)
+        with self.stage("score"):
+            if self.config.scores == "magnitude":
+                scores = magnitude_scores(model, gates)
+            elif self.config.scores == "random":
+                scores = random_scores(gates, generator)
+            else:
+                scores = fisher_scores(model, gates, self.score_batches, generator)
+        remove_gates_(model, gates)
+        return scores
+
+    def _tighten_(self, model: nn.Module, scores: Scores, share: float) -> Scores:
+        """Cuts and refits to a share above the target, writes that back in dense shape, and scores what is left."""
+        plan = solve(self.purse, scores, share, self.opened.architecture.name)
+        pruned = apply_plan_(copy.deepcopy(model), plan)
+        if self.config.refit:
+            self._refit(pruned, plan, f"to {share:.2f}")
+        expand_(model, pruned, self.purse.sites, plan)
+        return self._score(model)
+
+    def _search(self, model: nn.Module, scores: Scores) -> Scores:
+        config = self.config
+        gates = self._gate_(model)
+        gate_loader = self._loader(self.gate_images, shuffle=True)
+        weight_loader = self._loader(self.weight_images, shuffle=True)
+        steps = config.search_steps if config.epochs is None else config.epochs * len(gate_loader)
+        with self.stage("search", steps):
+            found = search_(
+                model,
+                gates,
+                scores,
+                self.macs,
+                make_objective(config, self.dense, labelled=self.images.labelled),
+                config,
+                self.accelerator,
+                endless(weight_loader),
+                endless(gate_loader),
+                steps=steps,
+                listener=self.listener,
+            )
+        remove_gates_(model, gates)
+        self.histories["search"] = found.history
+        return found.scores
+
+    def _cut(self, rotated: nn.Module, candidates: dict[str, Scores]) -> tuple[ChannelPlan, nn.Module]:
+        """Cuts and refits by every candidate's scores; the one that stays closest to the dense network wins."""
+        objective = make_objective(self.config, self.dense, labelled=False)
+        losses, results = {}, {}
+        for name, scores in candidates.items():
+            plan = solve(self.purse, scores, self.config.target_flops, self.opened.architecture.name)
+            pruned = apply_plan_(copy.deepcopy(rotated), plan)
+            if self.config.refit:
+                self._refit(pruned, plan, name)
+            losses[name] = mean_loss(objective, pruned, self.held_out, self.accelerator.device)
+            results[name] = plan, pruned
+        best = min(losses, key=lambda name: losses[name])
+        self.decisions["plans"] = {"held_out_distillation": losses, "chosen": best}
+        if len(losses) > 1:
+            figures = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self._say(f"held-out distance to the dense network by plan: {figures}; kept: {best}")
+        return results[best]
+
+    def _refit(self, pruned: nn.Module, plan: ChannelPlan, name: str) -> None:
+        stage = f"refit ({name})"
+        with self.stage(stage, len(self.purse.sites)):
+            refit_(
+                pruned,
+                self.dense,
+                self.purse.sites,
+                plan,
+                self.calibration,
+                ridge=self.config.refit_ridge,
+                on_block=lambda done: self.listener(StepDone(stage, done)),
+            )
+
+    def _recover(self, pruned: nn.Module) -> Accuracy | None:
+        """Trains what the cut left; returns how good it was before, None where nothing is trained."""
+        config = self.config
+        if config.recover_steps == 0:
+            return None
+        with self.stage("measure cut"):
+            cut = self._evaluate(pruned, None)
+        if cut is not None and cut.top1 is not None:
+            self._say(f"after cut and refit, before recovery: top-1 {100 * cut.top1:.2f} %")
+        batches = self._loader(self.training_images, shuffle=True)
+        steps = config.recover_steps if config.epochs is None else config.epochs * len(batches)
+        with self.stage("recover", steps):
+            found = recover_(
+                pruned,
+                make_objective(config, self.dense, labelled=self.images.labelled),
+                config,
+                self.accelerator,
+                endless(batches),
+                self.held_out,
+                steps=steps,
+                listener=self.listener,
+            )
+        self._remember(found)
+        return cut
+
+    def _remember(self, found: Recovered) -> None:
+        self.histories["recover"] = found.history
+        self.decisions["recover"] = {
+            "held_out_before": found.loss_before,
+            "held_out_after": found.loss_after,
+            "kept_step": found.kept_step,
+        }
+        if found.kept_step == 0:
+            self._say("recovery did not lower the held-out loss; the network before it was kept")
+
+    def _save(
+        self, pruned: nn.Module, plan: ChannelPlan, path: Path, kernel: KernelFigures, accuracy: Accuracy | None
+    ) -> Opened:
+        opened = self.opened
+        record = {
+            "config": self.config.model_dump(mode="json"),
+            "dense_digest": opened.digest,
+            "dense_macs": self.macs,
+            "kernel": kernel.model_dump(mode="json"),
+            "accuracy": accuracy and accuracy.model_dump(mode="json"),
+        }
+        save_model(
+            path,
+            pruned.cpu(),
+            architecture=opened.architecture,
+            plan=plan,
+            preprocessing=opened.preprocessing,
+            class_names=opened.class_names or self.images.class_names,
+            record=record,
+        )
+        return open_model(path)
