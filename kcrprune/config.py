@@ -28,11 +28,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Scores = Literal["fisher", "magnitude", "random"]
 
 
-# Defaults are named (`default=`): type checkers take a positional one for a missing argument.
-
-
 class RunConfig(Frozen):
     """Everything that `kcrprune compress` can be told; a TOML file has the same names, flags win over it."""
+
+    # `default=` is written out, because type checkers take a positional default for a missing argument
 
     # what to reach
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
