@@ -14,7 +14,8 @@ from rich.text import Text
 from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
 from kcrprune.events import Listener
 from kcrprune.measure import tables
-from kcrprune.measure.report import Comparison, Inspection, ModelReport, notes_of, tables_of, to_markdown
+from kcrprune.measure.report import Comparison, Inspection, ModelReport
+from kcrprune.measure.summary import notes_of, tables_of, to_markdown
 
 if TYPE_CHECKING:  # these modules import torch
     from kcrprune.artifact.onnx import ExportResult

@@ -6,7 +6,8 @@ from pathlib import Path
 from kcrprune.artifact.checkpoint import open_model
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener
-from kcrprune.measure.report import Comparison, to_markdown
+from kcrprune.measure.report import Comparison
+from kcrprune.measure.summary import to_markdown
 from kcrprune.pipeline import runs
 from kcrprune.pipeline.run import Run
 

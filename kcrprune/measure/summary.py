@@ -1,0 +1,185 @@
+"""Reports in words: the tables that the terminal and `report.md` both draw, so that a figure is worded once."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from kcrprune.measure import tables
+from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelReport, StageTime
+from kcrprune.measure.tables import ABSENT, Table
+from kcrprune.plan import AXES, Axis
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A row of the summary: where its value lies, how it is written, and how two of them compare."""
+
+    label: str
+    value: Callable[[ModelReport], float | None]
+    text: Callable[[float], str]
+    change: Literal["ratio", "points", "none"] = "ratio"
+
+
+QUANTITIES: Final = (
+    Quantity("parameters", lambda report: report.parameters, tables.count),
+    Quantity("MACs of one image", lambda report: report.macs, tables.count),
+    Quantity("share of the dense MACs", lambda report: _share(report.macs, report.dense_macs), tables.figure, "none"),
+    Quantity("file size", lambda report: report.file_bytes, tables.file_size),
+    Quantity("time of one call", lambda report: report.latency_ms, tables.milliseconds),
+    Quantity("kernel complexity (KC)", lambda report: report.kernel and report.kernel.kc, tables.figure),
+    Quantity("KC, trace-normalised", lambda report: report.kernel and report.kernel.kc_normalised, tables.figure),
+    Quantity("TNN / trace", lambda report: report.kernel and report.kernel.tnn_relative, tables.figure),
+    Quantity("effective rank", lambda report: report.kernel and report.kernel.effective_rank, tables.figure),
+    Quantity("top-1", lambda report: report.accuracy and report.accuracy.top1, tables.percent, "points"),
+    Quantity("top-5", lambda report: report.accuracy and report.accuracy.top5, tables.percent, "points"),
+    Quantity("loss", lambda report: report.accuracy and report.accuracy.loss, tables.figure),
+    Quantity(
+        "agreement with the dense network",
+        lambda report: report.accuracy and report.accuracy.agreement,
+        tables.percent,
+        "none",
+    ),
+)
+
+
+def summary(reports: Sequence[ModelReport], names: Sequence[str] = ()) -> Table:
+    """Networks side by side; with two of them a last column says how the second differs from the first."""
+    pair = len(reports) == 2
+    names = names or [Path(report.source).name for report in reports]
+    facts = [
+        ("file", *(report.source for report in reports)),
+        ("layout", *(report.layout for report in reports)),
+        ("state", *(report.state for report in reports)),
+        ("architecture", *(report.architecture or ABSENT for report in reports)),
+        ("input", *(" x ".join(map(str, report.input_size)) for report in reports)),
+    ]
+    rows = [(*fact, "") if pair else fact for fact in facts]
+    for quantity in QUANTITIES:
+        values = [quantity.value(report) for report in reports]
+        if any(value is not None for value in values):
+            cells = [ABSENT if value is None else quantity.text(value) for value in values]
+            rows.append((quantity.label, *cells, *([_change(quantity, *values)] if pair else [])))
+    return Table("Summary", ("", *names, *(["change"] if pair else [])), tuple(rows))
+
+
+def _change(quantity: Quantity, before: float | None, after: float | None) -> str:
+    if before is None or after is None or quantity.change == "none":
+        return ""
+    if quantity.change == "points":
+        return f"{100 * (after - before):+.2f} points"
+    return f"x {after / before:.3f}" if before else ""
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    return None if part is None or whole is None else part / whole
+
+
+def width_table(blocks: Sequence[BlockWidths], title: str = "Kept widths") -> Table:
+    """What each block keeps of each axis; a width that is whole stands alone."""
+    axes: list[Axis] = [axis for axis in AXES if any(axis in block.dense for block in blocks)]
+    rows = tuple((block.site, *(_width(block, axis) for axis in axes)) for block in blocks)
+    return Table(title, ("block", *axes), rows)
+
+
+def _width(block: BlockWidths, axis: Axis) -> str:
+    if axis not in block.dense:
+        return ABSENT
+    kept, dense = block.kept[axis], block.dense[axis]
+    return str(dense) if kept == dense else f"{kept} of {dense}"
+
+
+def stage_table(stages: Sequence[StageTime]) -> Table:
+    """How long each stage took, and all of them."""
+    rows = [(stage.stage, tables.duration(stage.seconds)) for stage in stages]
+    total = ("all", tables.duration(sum(stage.seconds for stage in stages)))
+    return Table("Stages", ("stage", "time"), (*rows, total))
+
+
+def accuracy_table(comparison: Comparison) -> Table:
+    """What the cut took and what recovery gave back; columns that nobody measured are left out."""
+    measured = (
+        ("before", comparison.before.accuracy),
+        ("cut and refitted", comparison.cut),
+        ("after", comparison.after.accuracy),
+    )
+    rows = [(name, accuracy.model_dump(exclude={"images"})) for name, accuracy in measured if accuracy]
+    columns = {"top1": tables.percent, "top5": tables.percent, "loss": tables.figure, "agreement": tables.percent}
+    known = [name for name in columns if any(figures[name] is not None for _, figures in rows)]
+    cells = tuple(
+        (stage, *(ABSENT if figures[name] is None else columns[name](figures[name]) for name in known))
+        for stage, figures in rows
+    )
+    return Table("Accuracy", ("", *known), cells)
+
+
+def fact_table(inspection: Inspection) -> Table:
+    """What a file was found to be."""
+    prep = inspection.preprocessing
+    rows = [
+        ("file", inspection.source),
+        ("layout", inspection.layout),
+        ("architecture", inspection.architecture),
+        ("family", inspection.family),
+        ("input", " x ".join(map(str, prep.input_size))),
+        ("mean", ", ".join(map(tables.figure, prep.mean))),
+        ("std", ", ".join(map(tables.figure, prep.std))),
+        ("resize", f"{prep.interpolation}, crop {tables.figure(prep.crop_pct)} ({prep.crop_mode})"),
+        ("preprocessing from", prep.source),
+        ("classes", str(inspection.class_count)),
+        ("parameters", tables.count(inspection.parameters)),
+        ("MACs of one image", tables.count(inspection.macs)),
+        ("file size", tables.file_size(inspection.file_bytes)),
+        ("can be cut", ", ".join(inspection.axes) or "nothing"),
+        *((f"floor of recipe {name}", tables.figure(share)) for name, share in inspection.floor.items()),
+    ]
+    return Table("What it is", ("", "value"), tuple(rows))
+
+
+def tables_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[Table, ...]:
+    """Everything that is shown as a table, in order; Markdown and the terminal draw the same ones."""
+    if isinstance(what, Inspection):
+        return (fact_table(what),)
+    if isinstance(what, Comparison):
+        shown = [summary((what.before, what.after), ("before", "after"))]
+        shown += [accuracy_table(what)] if what.cut else []
+        shown += [width_table(what.after.blocks)] if what.after.blocks else []
+        shown += [stage_table(what.stages)] if what.stages else []
+        return tuple(shown)
+    widths = [width_table(report.blocks, f"Kept widths of {report.source}") for report in what if report.blocks]
+    return (summary(what), *widths)
+
+
+def notes_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[str, ...]:
+    """The sentences that belong to the tables."""
+    if isinstance(what, Inspection):
+        names = what.foreign_names
+        pickled = (f"The pickle names {', '.join(names)}; nothing was imported.",) if names else ()
+        return (*what.notes, *pickled)
+    reports = (what.before, what.after) if isinstance(what, Comparison) else tuple(what)
+    own = what.notes if isinstance(what, Comparison) else ()
+    return tuple(dict.fromkeys((*own, *(note for report in reports for note in report.notes))))
+
+
+def to_markdown(what: Comparison | Inspection | ModelReport | Sequence[ModelReport]) -> str:
+    """A Markdown document about a run, a file, or networks side by side."""
+    if isinstance(what, ModelReport):
+        what = (what,)
+    parts = [f"# {tables.escaped(_title(what))}", *map(tables.markdown, tables_of(what))]
+    if isinstance(what, Comparison):
+        said = [f"`{name} = {json.dumps(value)}`" for name, value in what.settings.items()]
+        parts.append("\n".join(["## Configuration", "", ", ".join([*said, "and all of it in `config.toml`."])]))
+    if notes := notes_of(what):
+        parts.append("\n".join(["## Notes", "", *(f"- {tables.escaped(note)}" for note in notes)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(what: Comparison | Inspection | Sequence[ModelReport]) -> str:
+    if isinstance(what, Comparison):
+        share = _share(what.after.macs, what.before.macs)
+        reached = "cut" if share is None else f"cut to {share:.3f} of its MACs"
+        return f"{what.before.architecture or Path(what.before.source).name}: {reached}"
+    if isinstance(what, Inspection):
+        return Path(what.source).name
+    return " and ".join(Path(report.source).name for report in what)

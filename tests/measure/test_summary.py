@@ -1,0 +1,65 @@
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kcrprune.measure.report import Accuracy
+from kcrprune.measure.summary import summary, tables_of, to_markdown
+from tests.measure.examples import AFTER, COMPARISON, INSPECTION, report
+
+
+def cells(markdown, label):
+    """The cells behind the first one of the row that `label` opens."""
+    (row,) = [line for line in markdown.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_a_run_shows_before_after_and_the_change():
+    text = to_markdown(COMPARISON)
+    assert text.startswith("# vit_small_patch16_224: cut to 0.700 of its MACs\n")
+    assert cells(text, "parameters") == ["22.05 M", "15.00 M", "x 0.680"]
+    assert cells(text, "MACs of one image") == ["4.60 G", "3.22 G", "x 0.700"]
+    assert cells(text, "file size") == ["88.27 MB", "88.27 MB", "x 1.000"]
+    assert cells(text, "top-1") == ["84.65 %", "84.25 %", "-0.40 points"]
+    assert cells(text, "agreement with the dense network") == ["-", "95.00 %", ""]
+    assert cells(text, "blocks.0") == ["40 of 96", "2"]
+    assert cells(text, "search") == ["1 min 15 s"]
+    assert cells(text, "all") == ["1 min 16 s"]
+    assert '`target_flops = 0.7`, `recipe = "default"`' in text
+    assert text.count("no data: images were generated") == 1
+
+
+def test_a_run_shows_what_the_cut_took_and_what_recovery_gave_back():
+    text = to_markdown(COMPARISON.model_copy(update={"cut": Accuracy(images=10_000, top1=0.801, agreement=0.9)}))
+    assert "| before | 84.65 % | 0.5 | - |" in text
+    assert cells(text, "cut and refitted") == ["80.10 %", "-", "90.00 %"]
+    assert cells(text, "after") == ["84.25 %", "-", "95.00 %"]
+    assert "top5" not in text
+
+
+def test_what_nobody_measured_has_no_row():
+    text = to_markdown(report(kernel=None, accuracy=None, dense_macs=None))
+    assert not re.search("KC|TNN|top-1|loss|agreement|one call|share of", text)
+    assert "change" not in text
+
+
+def test_networks_stand_side_by_side():
+    reports = [report(source=name) for name in ("a.pth", "b.pth", "c.onnx")]
+    assert summary(reports).header == ("", "a.pth", "b.pth", "c.onnx")
+    assert to_markdown(reports).startswith("# a.pth and b.pth and c.onnx\n")
+
+
+def test_an_inspection_says_what_a_pickle_mentions():
+    text = to_markdown(INSPECTION)
+    assert cells(text, "floor of recipe paper") == ["0.444"]
+    assert "argparse.Namespace" in text
+    assert "- the keys are timm's" in text
+
+
+@given(source=st.text(min_size=1), note=st.text(min_size=1))
+def test_strange_names_break_no_table(source, note):
+    text = to_markdown([report(source=source, notes=(note,)), AFTER])
+    assert len([line for line in text.split("\n") if line.startswith("#")]) == 4  # title, two tables, notes
+    rows = [line for line in text.split("\n") if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows[: len(tables_of([report(), AFTER])[0].rows)]}
+    assert widths == {5}  # four columns
