@@ -85,7 +85,7 @@ def skeleton(model: ModelProto) -> ModelProto:
     stored = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in stored]  # old graphs list their weights as well
     bare = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    bare.graph.CopyFrom(GraphProto(name=graph.name, node=graph.node, input=inputs, output=graph.output))
+    bare.graph.CopyFrom(GraphProto(name="skeleton", node=graph.node, input=inputs, output=graph.output))
     for tensor in graph.initializer:
         if prod(tensor.dims) > LARGEST_CONSTANT:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

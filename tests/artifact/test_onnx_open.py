@@ -132,6 +132,11 @@ def test_what_is_not_a_classifier_is_refused_with_the_reason(written, content, m
         open_onnx(path)
 
 
+def test_names_that_nobody_relies_on_may_be_no_text(written):
+    graph = open_onnx(written(classifier().SerializeToString().replace(b"stranger", b"str\xe5nger")))
+    assert graph.macs == WEIGHT.size
+
+
 def test_two_inputs_are_refused(written):
     model = classifier()
     model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, (1, 5)))
