@@ -1,0 +1,269 @@
+"""The images of a run: the training, calibration and evaluation sets as tensors, their batches and their parts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torchvision import transforms
+
+from kcrprune.config import RunConfig
+from kcrprune.errors import DataError
+from kcrprune.plan import Preprocessing
+from kcrprune.training.generate import GeneratedImages
+from kcrprune.training.sources import (
+    EVALUATION_FOLDERS,
+    TRAIN_FOLDERS,
+    Source,
+    existing,
+    open_folder,
+    open_folders,
+    open_named,
+    open_stream,
+    split_folder,
+)
+
+HELD_OUT: Final = 0.1  # share of the training images that is evaluated on where there is no evaluation set
+GENERATED_HELD_OUT: Final = 256  # generated images to evaluate on; they follow those that are trained on
+STREAMED: Final = 4096  # images of a stream (WebDataset and the like) that a run trains on; they are kept in memory
+SHIFT: Final = 1 / 8  # largest shift by the augmentation, as a share of the side: 4 of 32 pixels, as usual for CIFAR
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a run works on; items are (image (C, H, W), label), and the label is -1 where there is none.
+
+    `train` is augmented, `calibrate` holds the same images in the same order as the network sees them when it is used.
+    """
+
+    train: Dataset
+    calibrate: Dataset
+    evaluate: Dataset | None
+    labelled: bool
+    generated: bool
+    class_names: tuple[str, ...] | None
+    description: str
+
+
+def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: int) -> Images:
+    """The images that a configuration names; DataError, in one sentence, for whatever is wrong with them.
+
+    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes.
+    """
+    if config.data is None and not config.dataset:
+        return _generated_images(config, preprocessing)
+    training, evaluation = _sources(config, preprocessing.input_size[0])
+    labelled = config.labels and num_classes > 0 and training.labelled
+    if labelled:
+        training.check_classes(num_classes)
+    augmented, plain = training_transform(preprocessing), evaluation_transform(preprocessing)
+    train, calibrate = Pictures(training, augmented, labelled=labelled), Pictures(training, plain, labelled=labelled)
+    if evaluation is None:
+        share = 1 - HELD_OUT if len(training) > 1 else 1.0
+        train, _ = split(train, share, config.seed)
+        calibrate, held_out = split(calibrate, share, config.seed)
+        told = f"{_length(held_out):,} of the training set held out to evaluate on"
+    else:
+        held_out = Pictures(evaluation, plain, labelled=labelled)
+        told = f"{_length(held_out):,} to evaluate on"
+    return Images(
+        train=train,
+        calibrate=calibrate,
+        evaluate=held_out if _length(held_out) else None,
+        labelled=labelled,
+        generated=False,
+        class_names=training.class_names if labelled else None,
+        description=f"{_length(train):,} {'labelled' if labelled else 'unlabelled'} images, {told}",
+    )
+
+
+def open_evaluation(
+    data: str | None,
+    preprocessing: Preprocessing,
+    num_classes: int | None,
+    *,
+    dataset: str = "",
+    split: str = "validation",
+    class_map: str | None = None,
+) -> Dataset:
+    """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes."""
+    channels, transform = preprocessing.input_size[0], evaluation_transform(preprocessing)
+    if dataset:
+        stream = open_stream(dataset, data, split, class_map, channels, transform)
+        if stream is not None:
+            return stream
+        source = open_named(dataset, data, split, class_map, channels, keep=0)
+    else:
+        root = existing(data)
+        folder = split_folder(root, split, EVALUATION_FOLDERS)
+        if folder is None and split_folder(root, "", TRAIN_FOLDERS):
+            raise DataError(f"{root} has training images and no folder 'validation'; name the folder to evaluate on")
+        source = open_folder(folder or root, class_map, channels)
+    if num_classes is not None and source.labelled:
+        source.check_classes(num_classes)
+    return Pictures(source, transform, labelled=source.labelled)
+
+
+def loader(
+    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int, workers: int = 0, drop_last: bool = False
+) -> DataLoader:
+    """Batches of (images, labels); order and, with a fixed number of workers, augmentation follow from the seed."""
+    stream = isinstance(dataset, IterableDataset)
+    return _Loader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle and not stream,
+        drop_last=drop_last,
+        num_workers=0 if stream else workers,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Two disjoint parts of `dataset`, the first with `share` of it; drawn by the seed, each in the original order."""
+    order = _shuffled(dataset, seed)
+    count = round(share * len(order))
+    return Subset(dataset, sorted(order[:count])), Subset(dataset, sorted(order[count:]))
+
+
+def sample(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """`count` images of `dataset`, drawn by the seed, in the original order; all of them where there are no more."""
+    return Subset(dataset, sorted(_shuffled(dataset, seed)[:count]))
+
+
+def _shuffled(dataset: Dataset, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(dataset), generator=generator).tolist()  # type: ignore[arg-type]
+
+
+def _length(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]
+
+
+class Pictures(Dataset):
+    """The images of a source as tensors; labels are -1 where they are not used."""
+
+    def __init__(self, source: Source, transform: Transform, *, labelled: bool) -> None:
+        self.source, self.transform, self.labelled = source, transform, labelled
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source.read(index)
+        return self.transform(image), label if self.labelled else -1
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+    """The evaluation transform of timm; an image that has the input's size already is neither scaled nor cut."""
+    steps = _timm_steps(preprocessing)
+    as_it_is, scaled = transforms.Compose(steps[2:]), transforms.Compose(steps)
+    return _BySize(preprocessing, as_it_is, scaled)
+
+
+def training_transform(preprocessing: Preprocessing) -> Transform:
+    """The evaluation transform with a random shift in place of the centre crop, and a flip of every second image.
+
+    Gentle on purpose: a refitted network wants the images that its dense network knows, and larger changes of scale
+    cost accuracy in trials.
+    """
+    resize, _, *to_tensor = _timm_steps(preprocessing)
+    height, width = preprocessing.input_size[1:]
+    margin = round(min(height, width) * (1 / preprocessing.crop_pct - 1) / 2)  # what the centre crop cuts off
+
+    def steps(first: list[Any], padding: int) -> Transform:
+        crop = transforms.RandomCrop((height, width), padding, pad_if_needed=True, padding_mode="reflect")
+        return transforms.Compose([*first, crop, transforms.RandomHorizontalFlip(), *to_tensor])
+
+    shift = round(SHIFT * min(height, width))
+    return _BySize(preprocessing, steps([], shift), steps([resize], max(0, shift - margin)))
+
+
+def _timm_steps(preprocessing: Preprocessing) -> list[Any]:
+    """Resize, centre crop, tensor, normalisation."""
+    transform: Any = create_transform(
+        preprocessing.input_size,
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+    return transform.transforms
+
+
+@dataclass(frozen=True)
+class _BySize:
+    """One transform for images of the input's size, another for all others."""
+
+    preprocessing: Preprocessing
+    same: Transform
+    other: Transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        height, width = self.preprocessing.input_size[1:]
+        return self.same(image) if image.size == (width, height) else self.other(image)
+
+
+class _Loader(DataLoader):
+    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            last_line = str(error).strip().splitlines()[-1]
+            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
+
+
+class _Generated(Dataset):
+    """Generated images as the network takes them."""
+
+    def __init__(self, images: GeneratedImages, preprocessing: Preprocessing) -> None:
+        self.images = images
+        self.channels = preprocessing.input_size[0]
+        self.normalise = transforms.Normalize(preprocessing.mean, preprocessing.std)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.images[index]  # (3, H, W)
+        return self.normalise(image if self.channels == 3 else image.mean(0, keepdim=True)), -1
+
+
+def _generated_images(config: RunConfig, preprocessing: Preprocessing) -> Images:
+    """As many generated images as the configuration asks for, and some further ones to measure agreement on."""
+    count, (channels, *size) = config.generated_images, preprocessing.input_size
+    if channels not in (1, 3):
+        raise DataError(f"images of {channels} channels cannot be generated; name a dataset")
+    everything = _Generated(GeneratedImages(count + GENERATED_HELD_OUT, (size[0], size[1]), config.seed), preprocessing)
+    training = Subset(everything, range(count))
+    return Images(
+        train=training,
+        calibrate=training,
+        evaluate=Subset(everything, range(count, len(everything))),
+        labelled=False,
+        generated=True,
+        class_names=None,
+        description=f"{count:,} generated images, {GENERATED_HELD_OUT:,} further ones to measure agreement on",
+    )
+
+
+def _sources(config: RunConfig, channels: int) -> tuple[Source, Source | None]:
+    """Training images and, where there are some, evaluation images."""
+    if not config.dataset:
+        root = existing(config.data)
+        return open_folders(root, (config.train_split, config.val_split), config.class_map, channels)
+
+    def named(split_name: str) -> Source:
+        return open_named(config.dataset, config.data, split_name, config.class_map, channels, keep=STREAMED)
+
+    return named(config.train_split), named(config.val_split) if config.val_split else None

@@ -1,0 +1,133 @@
+"""How well a network does on images: against their labels, and against another network."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kcrprune.errors import DataError
+from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
+
+STAGE = "evaluate"
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shares between 0 and 1 over `images` images; None is what the data cannot tell."""
+
+    images: int
+    top1: float | None = None  # of the labelled images
+    top5: float | None = None  # likewise; None where there are no more than five classes
+    loss: float | None = None  # mean cross-entropy with the labels, in nats
+    agreement: float | None = None  # how often the reference names the same class
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Predict, loader: DataLoader, *, reference: Predict | None = None, listener: Listener = ignore
+) -> Evaluation:
+    """Runs `predict` over all images; a label below 0 means that an image has none.
+
+    A torch module is put into eval mode for the time of the call, and gets the images on its own device. DataError for
+    an empty data set, and for a label that the network has no class for.
+    """
+    start = time.perf_counter()
+    listener(StageStarted(STAGE, _length(loader)))
+    totals = _Totals()
+    with _evaluating(predict), _evaluating(reference):
+        for step, (images, labels) in enumerate(loader, start=1):
+            logits = _logits(predict, images)
+            totals.add_labels_(logits, labels)
+            if reference is not None:
+                totals.agreeing += _same(logits, _logits(reference, images))
+            listener(StepDone(STAGE, step))
+    listener(StageEnded(STAGE, time.perf_counter() - start))
+    return totals.result(compared=reference is not None)
+
+
+@dataclass
+class _Totals:
+    images: int = 0
+    labelled: int = 0
+    first: int = 0
+    among_five: int = 0
+    loss: float = 0.0
+    classes: int = 0
+    agreeing: int = 0
+
+    def add_labels_(self, logits: Tensor, labels: Tensor) -> None:
+        self.images += len(labels)
+        self.classes = logits.shape[1]
+        known = labels >= 0
+        logits, labels = logits[known], labels[known]
+        if not len(labels):
+            return
+        if int(labels.max()) >= self.classes:
+            raise DataError(
+                f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
+                f"{self.classes - 1}); name the right data, or map its classes with --class-map"
+            )
+        ranked = logits.topk(min(5, self.classes)).indices == labels[:, None]  # (labelled, 5)
+        self.labelled += len(labels)
+        self.first += int(ranked[:, 0].sum())
+        self.among_five += int(ranked.any(dim=1).sum())
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+
+    def result(self, *, compared: bool) -> Evaluation:
+        if self.images == 0:
+            raise DataError("there is no image to evaluate on; name a folder that holds some")
+        agreement = self.agreeing / self.images if compared else None
+        if self.labelled == 0:
+            return Evaluation(self.images, agreement=agreement)
+        return Evaluation(
+            images=self.images,
+            top1=self.first / self.labelled,
+            top5=self.among_five / self.labelled if self.classes > 5 else None,
+            loss=self.loss / self.labelled,
+            agreement=agreement,
+        )
+
+
+def _logits(predict: Predict, images: Tensor) -> Tensor:
+    """(batch, classes) in float32 on the CPU."""
+    network: object = predict
+    if isinstance(network, nn.Module):
+        images = images.to(next(network.parameters(), images).device)
+    return predict(images).float().cpu()
+
+
+def _same(logits: Tensor, others: Tensor) -> int:
+    if logits.shape != others.shape:
+        raise DataError(
+            f"the network has {logits.shape[1]} classes and the reference {others.shape[1]}; only networks of the same "
+            "classes can be compared"
+        )
+    return int((logits.argmax(dim=1) == others.argmax(dim=1)).sum())
+
+
+@contextmanager
+def _evaluating(network: object) -> Iterator[None]:
+    """Eval mode, and afterwards the mode that was before."""
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
+def _length(loader: DataLoader) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream does not know its length
+        return None
