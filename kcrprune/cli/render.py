@@ -105,8 +105,9 @@ def _described(what: Comparison | Inspection | Sequence[ModelReport]) -> None:
 
 def _drawn(table: tables.Table) -> RichTable:
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    facts = table.header[0] == "" and len(table.header) == 2  # a list of facts reads from the left
     for index, name in enumerate(table.header):
-        drawn.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+        drawn.add_column(Text(name), justify="left" if facts or index == 0 else "right", overflow="fold")
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return drawn
