@@ -1,12 +1,12 @@
 """The images of a run: the training, calibration and evaluation sets as tensors, their batches and their parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision import transforms
@@ -215,7 +215,7 @@ class _BySize:
 class _Loader(DataLoader):
     """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
         try:
             yield from super().__iter__()
         except DataError as error:

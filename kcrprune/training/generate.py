@@ -61,26 +61,25 @@ def generate(random: np.random.Generator, size: tuple[int, int]) -> Floats:
     palette = random.uniform(0.05, 0.95, (int(random.integers(2, 7)), 1)).astype(np.float32)
     palette = palette + _colours(random, len(palette))  # (colours, 3)
     image = palette[0][:, None, None] + random.uniform(0.05, 0.3) * noise
-    textures = np.tile(noise, (1, 2, 2))  # noise is periodic: any H x W window is a texture
     radii = _radii(random, kind, min(size))
     for radius in np.sort(radii)[::-1] if random.random() < 0.5 else radii:
-        paint_(image, textures, radius, palette[random.integers(len(palette))], random)
+        paint_(image, noise, radius, palette[random.integers(len(palette))], random)
     return _exposed(image, random)
 
 
 def one_over_f(random: np.random.Generator, size: tuple[int, int], exponent: float) -> Floats:
-    """Periodic coloured noise (3, H, W) of mean 0 and variance 1, its amplitude falling with frequency^exponent."""
+    """Coloured noise (3, H, W) of mean 0 and variance 1, its amplitude falling with frequency^exponent."""
     height, width = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
     amplitude = np.where(frequency > 0, np.maximum(frequency, 1) ** -exponent, 0).astype(np.float32)
     normal = random.standard_normal((2, 3, *amplitude.shape), dtype=np.float32)
     noise = np.fft.irfft2((normal[0] + 1j * normal[1]) * amplitude, s=size).astype(np.float32)
     noise /= noise.std(axis=(1, 2), keepdims=True)
-    coloured = np.einsum("cs,chw->shw", OPPONENT, noise)
+    coloured = np.tensordot(OPPONENT.T, noise, axes=1)
     return coloured / coloured.std()
 
 
-def paint_(image: Floats, textures: Floats, radius: float, colour: Floats, random: np.random.Generator) -> None:
+def paint_(image: Floats, texture: Floats, radius: float, colour: Floats, random: np.random.Generator) -> None:
     """Paints one shape of about `radius` pixels somewhere over the image."""
     height, width = image.shape[1:]
     center = random.uniform((0, 0), (height, width))
@@ -95,7 +94,7 @@ def paint_(image: Floats, textures: Floats, radius: float, colour: Floats, rando
     u = (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) / np.float32(long)  # (h, w)
     v = (y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))) / np.float32(short)
     inside = np.clip(0.5 - _outside(u, v, random) * np.float32(short / blur), 0, 1)  # (h, w)
-    surface = _surface(u, v, colour, textures, random)  # (3, h, w)
+    surface = _surface(u, v, colour, texture, random)  # (3, h, w)
     box = image[:, rows, columns]
     box += inside * (surface - box)
 
@@ -116,20 +115,21 @@ def _outside(u: Floats, v: Floats, random: np.random.Generator) -> Floats:
     return np.maximum.reduce(planes)
 
 
-def _surface(u: Floats, v: Floats, colour: Floats, textures: Floats, random: np.random.Generator) -> Floats:
+def _surface(u: Floats, v: Floats, colour: Floats, texture: Floats, random: np.random.Generator) -> Floats:
     """The colours (3, h, w) of a shape: its own colour, shaded, under a texture or stripes of random contrast."""
     height, width = u.shape
-    step = 2 if random.random() < 0.4 and 2 * max(u.shape) <= min(textures.shape[1:]) else 1  # 2: a finer texture
-    top = int(random.integers(0, textures.shape[1] - step * height + 1))
-    left = int(random.integers(0, textures.shape[2] - step * width + 1))
-    texture = textures[:, top : top + step * height : step, left : left + step * width : step]
+    finer = random.random() < 0.4 and 2 * height <= texture.shape[1] and 2 * width <= texture.shape[2]
+    step = 2 if finer else 1
+    top = int(random.integers(0, texture.shape[1] - step * height + 1))
+    left = int(random.integers(0, texture.shape[2] - step * width + 1))
+    grain = texture[:, top : top + step * height : step, left : left + step * width : step]
     slope = np.float32(random.normal(0, 0.15))
     shade = slope * u - np.float32(random.uniform(0, 0.2)) * (u * u + v * v)  # (h, w)
     if random.random() < 0.2:
         waves = random.uniform(2, 12)
         shade += np.float32(random.uniform(0.05, 0.3)) * np.sin(np.float32(waves) * (u if slope > 0 else v))
     contrast = np.float32(0.3 * random.random() ** 2)
-    return (colour + _colours(random, 1)[0] * 0.3)[:, None, None] + shade + contrast * texture
+    return (colour + _colours(random, 1)[0] * 0.3)[:, None, None] + shade + contrast * grain
 
 
 def _colours(random: np.random.Generator, count: int) -> Floats:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
-from timm.data import create_dataset
+from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
 from kcrprune.errors import DataError
@@ -175,9 +175,7 @@ def existing(data: str | None) -> Path:
 def _opened(dataset: str, root: str | None, split: str, class_map: Any) -> Any:
     """The result of timm's create_dataset; whatever goes wrong becomes a DataError."""
     return _attempted(
-        lambda: create_dataset(
-            dataset, root, split=split, search_split=False, class_map=class_map or "", is_training=False
-        ),
+        lambda: create_dataset(dataset, root, split, search_split=False, class_map=class_map or None),  # type: ignore[arg-type]
         dataset or root,
     )
 
