@@ -1,6 +1,7 @@
 """The whole path, offline: trains a small ViT on scikit-learn's digits, compresses it, exports it, verifies it."""
 
 from pathlib import Path
+from time import perf_counter
 from typing import Final
 
 import torch
@@ -85,6 +86,7 @@ def _train(path: Path, folder: Path, listener: Listener) -> None:
     batches = len(images) // 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * batches)
+    start = perf_counter()
     listener(StageStarted("train the dense network", EPOCHS))
     for epoch in range(EPOCHS):
         loss = torch.zeros(())
@@ -97,7 +99,7 @@ def _train(path: Path, folder: Path, listener: Listener) -> None:
             optimizer.step()
             schedule.step()
         listener(StepDone("train the dense network", epoch + 1, {"loss": float(loss.detach())}))
-    listener(StageEnded("train the dense network", 0.0))
+    listener(StageEnded("train the dense network", perf_counter() - start))
     save_model(
         path,
         model.eval(),

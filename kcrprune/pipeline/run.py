@@ -217,7 +217,7 @@ class Run:
         best = min(losses, key=lambda name: losses[name])
         self.decisions["plans"] = {"held_out_distillation": losses, "chosen": best}
         if len(losses) > 1:
-            figures = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            figures = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             self._say(f"held-out distance to the dense network by plan: {figures}; kept: {best}")
         return results[best]
 

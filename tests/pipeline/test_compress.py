@@ -1,0 +1,180 @@
+"""The whole path on tiny networks: what a run leaves behind, and that it can be repeated and loaded elsewhere."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import kcrprune
+from kcrprune import pipeline
+from kcrprune.artifact.checkpoint import open_model, save_model
+from kcrprune.config import RunConfig, load_config
+from kcrprune.errors import BudgetError, CheckpointError, OutputExistsError
+from kcrprune.events import Event, Note, StepDone, ignore
+from kcrprune.measure.macs import count_macs
+from kcrprune.plan import ChannelPlan, Preprocessing
+from tests.conftest import TINY, Tiny, relative_error
+
+SHORT = RunConfig(
+    target_flops=0.8,
+    axes=("mlp_io", "mlp_hidden", "attn_value", "heads"),
+    search_steps=3,
+    recover_steps=3,
+    batch_size=8,
+    generated_images=48,
+    calibration_images=24,
+    score_images=8,
+    workers=0,
+    device="cpu",
+)
+
+
+def save(tiny: Tiny, path: Path) -> Path:
+    preprocessing = Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3)
+    save_model(
+        path,
+        tiny.model(),
+        architecture=tiny.architecture,
+        plan=None,
+        preprocessing=preprocessing,
+        class_names=None,
+        record={},
+    )
+    return path
+
+
+@pytest.fixture
+def checkpoint(tiny_vit: Tiny, tmp_path: Path) -> Path:
+    return save(tiny_vit, tmp_path / "dense.safetensors")
+
+
+def image_folder(root: Path, classes: int = 5, each: int = 8) -> Path:
+    """Folders of coloured noise: each class has a colour of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "validation"):
+        for label in range(classes):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(each):
+                pixels = torch.randint(0, 128, (32, 32, 3), generator=generator)
+                pixels[..., label % 3] += 20 * label
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("tiny", [TINY[0], TINY[1], TINY[5]], ids=["vit", "deit_distilled", "swin"])
+def test_a_run_without_data_leaves_everything_that_repeats_it(tiny: Tiny, tmp_path: Path):
+    events: list[Event] = []
+    result = pipeline.compress(save(tiny, tmp_path / "dense.safetensors"), SHORT, tmp_path / "run", events.append)
+
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {
+        *("model.safetensors", "report.json", "report.md", "plan.json", "config.toml", "run.json", "log.jsonl")
+    }
+    opened = open_model(result.folder)
+    assert opened.plan == ChannelPlan.model_validate_json((result.folder / "plan.json").read_text())
+    report = json.loads((result.folder / "report.json").read_text())
+    macs = count_macs(opened.model, tiny.input_size)
+    assert macs == report["after"]["macs"] <= 0.8 * report["before"]["macs"]
+    assert load_config(None, result.folder / "config.toml", {}) == SHORT
+    assert tomllib.loads((result.folder / "config.toml").read_text())["target_flops"] == 0.8
+    rows = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["search"] * 3 + ["recover"] * 3
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["seed"] == 42
+    assert len(record["input"]["sha256"]) == 64
+    assert any(isinstance(event, Note) and event.warning and "generated" in event.text for event in events)
+    assert any("generated" in note for note in report["notes"])
+    assert any(isinstance(event, StepDone) and "expected_macs" in event.values for event in events)
+
+
+def test_labelled_images_give_accuracy_before_and_after(checkpoint: Path, tmp_path: Path):
+    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "stages": 2})
+    comparison = pipeline.compress(checkpoint, config, tmp_path / "run", ignore).comparison
+    for report in (comparison.before, comparison.after):
+        assert report.accuracy is not None
+        assert report.accuracy.top1 is not None
+        assert report.accuracy.images == 40
+    evaluation = pipeline.evaluate(tmp_path / "run", config, ignore)
+    assert comparison.after.accuracy is not None
+    assert evaluation.top1 == comparison.after.accuracy.top1
+
+
+def test_equal_runs_give_equal_bytes(checkpoint: Path, tmp_path: Path):
+    first, second = (pipeline.compress(checkpoint, SHORT, tmp_path / name, ignore).folder for name in ("a", "b"))
+    for name in ("model.safetensors", "plan.json", "config.toml", "log.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_fresh_process_loads_the_same_function(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
+    folder = pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore).folder
+    images, expected = tmp_path / "images.pt", kcrprune.load(folder)
+    torch.save(tiny_vit.images(), images)
+    code = (
+        "import sys, torch, kcrprune; model = kcrprune.load(sys.argv[1]);"
+        "assert not any(name.startswith(('kcrprune.training', 'kcrprune.pipeline')) for name in sys.modules);"
+        "torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder), str(images)], check=True)
+    with torch.no_grad():
+        assert relative_error(torch.load(images), expected(tiny_vit.images())) == 0
+
+
+def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: Path, tmp_path: Path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(OutputExistsError, match="not empty"):
+        pipeline.compress(checkpoint, SHORT, taken, ignore)
+    with pytest.raises(BudgetError, match=r"target 0\.01"):
+        pipeline.compress(checkpoint, SHORT.model_copy(update={"target_flops": 0.01}), tmp_path / "run", ignore)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_pruned_network_is_not_pruned_again(checkpoint: Path, tmp_path: Path):
+    folder = pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore).folder
+    with pytest.raises(CheckpointError, match="pruned already"):
+        pipeline.compress(folder, SHORT, tmp_path / "again", ignore)
+
+
+def test_export_takes_the_newest_run_and_report_knows_all_three(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no run of kcrprune lies below"):
+        pipeline.export(None, None, ignore)
+    folder = pipeline.compress(checkpoint, SHORT, None, ignore).folder
+    assert folder == Path("kcrprune-runs/dense-0.8")
+    exported = pipeline.export(None, None, ignore)
+    assert exported.path == folder / "model.onnx"
+    dense, pruned, graph = pipeline.report([checkpoint, folder, exported.path], latency=True, listener=ignore)
+    assert (dense.state, pruned.state, graph.state) == ("dense", "pruned", "onnx")
+    assert pruned.macs == graph.macs
+    assert pruned.dense_macs == dense.macs
+    assert all(report.latency_ms for report in (dense, pruned, graph))
+
+
+def test_inspect_tells_what_can_be_cut(checkpoint: Path):
+    found = pipeline.inspect(checkpoint, RunConfig())
+    assert found.architecture == "vit_tiny_patch16_224"
+    assert set(found.floor) == {"default", "paper", "all axes"}
+    assert found.floor["all axes"] <= min(found.floor.values())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "no-train", "default"])
+def test_every_recipe_runs(recipe: str, checkpoint: Path, tmp_path: Path):
+    short = {"batch_size": 8, "generated_images": 40, "workers": 0, "target_flops": 0.8, "device": "cpu"}
+    config = load_config(recipe, None, short)
+    config = config.model_copy(
+        update={name: min(3, getattr(config, name)) for name in ("search_steps", "recover_steps")}
+    )
+    result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+    assert result.comparison.after.macs is not None
+    assert result.comparison.before.macs is not None
+    assert result.comparison.after.macs <= 0.8 * result.comparison.before.macs
