@@ -74,9 +74,9 @@ def one_over_f(random: np.random.Generator, size: tuple[int, int], exponent: flo
     amplitude = np.where(frequency > 0, np.maximum(frequency, 1) ** -exponent, 0).astype(np.float32)
     normal = random.standard_normal((2, 3, *amplitude.shape), dtype=np.float32)
     noise = np.fft.irfft2((normal[0] + 1j * normal[1]) * amplitude, s=size).astype(np.float32)
-    noise /= noise.std(axis=(1, 2), keepdims=True)
+    noise /= np.maximum(noise.std(axis=(1, 2), keepdims=True), 1e-9)  # a single pixel has no variance
     coloured = np.tensordot(OPPONENT.T, noise, axes=1)
-    return coloured / coloured.std()
+    return coloured / np.maximum(coloured.std(), 1e-9)
 
 
 def paint_(image: Floats, texture: Floats, radius: float, colour: Floats, random: np.random.Generator) -> None:
