@@ -9,7 +9,7 @@ from kcrprune.artifact.contents import Contents
 from kcrprune.artifact.known import bare_name, is_known
 from kcrprune.artifact.locate import Located
 from kcrprune.artifact.modules import attributes, clues, is_module
-from kcrprune.artifact.unpickle import Stub
+from kcrprune.artifact.pickled_calls import Stub
 
 # where training code keeps its options, and what it calls the network
 OPTIONS: Final = ("args", "hyper_parameters", "config", "cfg", "opt", "hparams")

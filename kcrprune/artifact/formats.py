@@ -94,11 +94,10 @@ def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple
     own = inferred.network.img_size
     patch = inferred.network.patch_size
     if img_size is None or img_size == own:
-        return inferred, (f"image size {own}: the file, patches of {patch}",)
+        return inferred, ()
     if img_size % patch:
         raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
-    resized = "position table" if inferred.network.kind != "swin" else "windows"
-    note = f"image size {img_size}: as asked, {resized} of {own} resized by timm"
+    note = f"image size {img_size} in place of {own}: {ASKED}; timm resizes the position tables whose size changes"
     return changed(inferred, img_size=img_size), (note,)
 
 

@@ -56,6 +56,7 @@ def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
         notes = (*notes, why)
     else:
         notes = (*notes, f"heads {measured.num_heads}: columns of the position bias tables")
+    notes = (*notes, _image_note(measured, shapes, evidence))
     act, act_note = _activation(measured, base, evidence)
     network = replace(measured, name=base.name, act=act, norm_eps=base.norm_eps)
     eps, eps_source = evidence.norm_eps
@@ -94,10 +95,28 @@ def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, 
             (*ignored, f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"),
         )
     best = ranked[0]
-    closest = _distance(best, measured, evidence)
-    twins = [row.name for row in ranked[1:] if _distance(row, measured, evidence)[:-1] == closest[:-1]]
-    also = f" (so are those of {', '.join(twins[:4])}; --arch chooses)" if twins else ""
-    return best, True, (*ignored, f"architecture {best.name}: its sizes and parts are those of the file{also}")
+    return (
+        best,
+        True,
+        (*ignored, f"architecture {best.name}: its sizes and parts are those of the file", *_twins(ranked)),
+    )
+
+
+def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
+    """What cannot be told from the networks that fit as well as the first, which is taken."""
+    best = ranked[0]
+    alike = [
+        row
+        for row in ranked[1:]
+        if replace(row, name="", act="", img_size=0) == replace(best, name="", act="", img_size=0)
+    ]
+    same_size = [row for row in alike if row.img_size == best.img_size]
+    notes = []
+    if plain := [row.name for row in same_size if row.act == best.act]:
+        notes.append(f"{', '.join(plain)} has the same shapes, perhaps another preprocessing; --arch chooses")
+    if other := [f"{row.act} in {row.name}" for row in same_size if row.act != best.act]:
+        notes.append(f"activation {best.act}: not in the file ({', '.join(other)}); --arch chooses")
+    return tuple(notes)
 
 
 def _named(measured: Known, name: str, source: str) -> Known:
@@ -167,6 +186,18 @@ def _ask_for_heads(measured: Known, rows: Sequence[Known], path: Path) -> str:
     return (
         f"{path}: the number of heads is not in the file and no known network has {sizes}; say --num-heads{candidates}"
     )
+
+
+def _image_note(measured: Known, shapes: Shapes, evidence: Evidence) -> str:
+    """How the image size is known."""
+    said, source = evidence.argument("img_size")
+    if measured.kind != "swin" and measured.pos_embed:
+        source = "the position table"
+    elif said is None:
+        masked = "layers.0.blocks.1.attn_mask" in shapes
+        assumed = "not in the file, so the smallest whose last stage is one window (--img-size changes it)"
+        source = "the attention masks" if masked else assumed
+    return f"image size {measured.img_size}, patches of {measured.patch_size}: {source}"
 
 
 def _activation(measured: Known, base: Known, evidence: Evidence) -> tuple[str, tuple[str, ...]]:

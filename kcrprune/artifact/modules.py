@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from kcrprune.artifact.clues import Clues, as_size, as_text, believed
 from kcrprune.artifact.contents import TensorRef
-from kcrprune.artifact.unpickle import Stub
+from kcrprune.artifact.pickled_calls import Stub
 from kcrprune.errors import CheckpointError
 
 MOST_PARTS: Final = 20_000  # ours; the largest ViT of timm has 1,000 modules

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kcrprune.artifact.contents import TensorRef
-from kcrprune.artifact.unpickle import Buildable, Call
+from kcrprune.artifact.pickled_calls import Buildable, Call
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool, "u1": torch.uint8,

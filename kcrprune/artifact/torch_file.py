@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kcrprune.artifact.contents import TensorRef
 from kcrprune.artifact.pickled_arrays import ARRAYS
+from kcrprune.artifact.pickled_calls import Call, Name
 from kcrprune.artifact.stored_zip import StoredZip, open_stored_zip
-from kcrprune.artifact.unpickle import Call, Name, Unpickled, unpickle
+from kcrprune.artifact.unpickle import Unpickled, unpickle
 from kcrprune.errors import CheckpointError
 
 MAGIC: Final = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER of the older stream

@@ -6,34 +6,14 @@ few that build plain data (ADMITTED) or an inert Stub that remembers what would 
 
 import pickletools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
+from kcrprune.artifact.pickled_calls import ADMITTED, REBUILDERS, Buildable, Call, Name, Stub, is_harmless, pairs
 from kcrprune.errors import CheckpointError
 
 MOST_OPCODES: Final = 500_000  # ours; a training checkpoint of the largest ViT has 60,000
 MOST_COPIED: Final = 2**28  # ours; bytes
-
-
-@dataclass(frozen=True)
-class Name:
-    """Something that the pickle wants imported, and that is not."""
-
-    text: str
-
-
-@dataclass(eq=False)
-class Stub:
-    """What a call of a foreign class or function left: its name and everything that was handed to it."""
-
-    name: str
-    arguments: Any = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: dict[Any, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<stub of {self.name}>"
 
 
 @dataclass(frozen=True)
@@ -42,9 +22,6 @@ class Unpickled:
 
     tree: Any
     foreign_names: tuple[str, ...]
-
-
-Call = Callable[..., Any]
 
 
 def unpickle(
@@ -88,7 +65,7 @@ class _Machine:
     def name(self, module: Any, qualname: Any) -> None:
         """Puts a name on the stack."""
         text = f"{module}.{qualname}"
-        if not (text in self.calls or text in REBUILDERS or _harmless(text)):
+        if not (text in self.calls or text in REBUILDERS or is_harmless(text)):
             self.foreign.add(text[:200])
         self.stack.append(Name(text))
 
@@ -124,7 +101,7 @@ class _Machine:
         """Adds keys and values to the table below them."""
         target = self.stack[-1]
         table = target.entries if isinstance(target, Stub) else _dict(target)
-        table.update(_pairs(items))
+        table.update(pairs(items))
 
     def stack_name(self) -> None:
         """A name from two texts on the stack."""
@@ -153,18 +130,6 @@ class _Machine:
         self.stack.append(self.persistent(identity))
 
 
-class Buildable:
-    """Something that a call began and that its state completes."""
-
-    def built(self, state: Any) -> Any:
-        """The complete thing."""
-        raise NotImplementedError
-
-
-def _harmless(text: str) -> bool:
-    return text.startswith(PLAIN_NAMES) or (text.startswith("torch.") and text.endswith("Storage"))
-
-
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError("items are added to what is no list")
@@ -176,58 +141,6 @@ def _dict(value: Any) -> dict[Any, Any]:
         raise TypeError("keys are added to what is no table")
     return value
 
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turn; a key that is not plain is left out, since hashing it may take forever."""
-    return {key: value for key, value in zip(items[::2], items[1::2], strict=True) if _plain_key(key)}
-
-
-def _plain_key(key: Any) -> bool:
-    simple = str | int | float | bytes | bool | None
-    return isinstance(key, simple) or (isinstance(key, tuple) and all(isinstance(part, simple) for part in key))
-
-
-def _sequence(items: Any = ()) -> list[Any] | tuple[Any, ...]:
-    """A list or tuple as it is; sets are read as lists."""
-    if not isinstance(items, list | tuple):
-        raise TypeError("a sequence is made of what is none")
-    return items
-
-
-def _ordered(items: Any = ()) -> dict[Any, Any]:
-    """A dict from pairs."""
-    return _pairs([part for pair in items for part in (pair[0], pair[1])])
-
-
-def _encoded(text: str, encoding: str = "") -> bytes:
-    return text.encode("latin-1") if encoding in ("latin1", "latin-1") else text.encode("utf-8")
-
-
-# what may be called, and by what it is replaced
-ADMITTED: Final[dict[str, Call]] = {
-    "collections.OrderedDict": _ordered,
-    "collections.defaultdict": lambda *_: {},
-    "builtins.dict": _ordered,
-    "builtins.list": _sequence,
-    "builtins.set": _sequence,
-    "builtins.frozenset": _sequence,
-    "builtins.bytearray": lambda data=b"", *encoding: _encoded(data, *encoding) if encoding else data,
-    "__builtin__.set": _sequence,
-    "_codecs.encode": _encoded,
-    "torch.Size": _sequence,
-}
-# names that are harmless and common, so that nobody is told of them
-PLAIN_NAMES: Final = (
-    "torch.float", "torch.int", "torch.uint", "torch.bool", "torch.bfloat16", "torch.half", "numpy.ndarray",
-    "builtins.object", "builtins.complex", "__builtin__.object", "__builtin__.complex",
-)  # fmt: skip
-
-# calls that name another call: (function, arguments)
-REBUILDERS: Final[dict[str, Callable[..., tuple[Any, Any]]]] = {
-    "copyreg._reconstructor": lambda cls, *_: (cls, ()),
-    "copy_reg._reconstructor": lambda cls, *_: (cls, ()),
-    "torch._tensor._rebuild_from_type_v2": lambda function, cls, arguments, *_: (function, arguments),
-}
 
 Operation = Callable[[_Machine, Any], Any]
 
@@ -304,7 +217,7 @@ OPCODES: Final[dict[str, Operation]] = {
     "TUPLE": _collect(tuple),
     "LIST": _collect(list),
     "FROZENSET": _collect(list),
-    "DICT": _collect(_pairs),
+    "DICT": _collect(pairs),
     "POP": _pop,
     "POP_MARK": lambda machine, _: machine.pop_mark(),
     "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
