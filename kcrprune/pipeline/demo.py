@@ -48,7 +48,8 @@ def demo(out: Path | None, listener: Listener) -> tuple[RunResult, ExportResult]
         _write_digits(working / "digits")
         _train(working / "dense.safetensors", working / "digits" / "train", listener)
     config = load_config(
-        "default", flags={"data": str(folder / "digits"), "target_flops": 0.5, "device": "cpu", "workers": 0}
+        "default",
+        flags={"data": str(folder / "digits"), "target_flops": 0.5, "hflip": 0.0, "device": "cpu", "workers": 0},
     )
     result = compress(folder / "dense.safetensors", config, folder / "run", listener)
     return result, export(result.folder, None, listener)

@@ -62,7 +62,7 @@ def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: in
     labelled = config.labels and num_classes > 0 and training.labelled
     if labelled:
         training.check_classes(num_classes)
-    augmented, plain = training_transform(preprocessing), evaluation_transform(preprocessing)
+    augmented, plain = training_transform(preprocessing, config.hflip), evaluation_transform(preprocessing)
     train, calibrate = Pictures(training, augmented, labelled=labelled), Pictures(training, plain, labelled=labelled)
     if evaluation is None:
         share = 1 - HELD_OUT if len(training) > 1 else 1.0
@@ -167,8 +167,8 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     return _BySize(preprocessing, as_it_is, scaled)
 
 
-def training_transform(preprocessing: Preprocessing) -> Transform:
-    """The evaluation transform with a random shift in place of the centre crop, and a flip of every second image.
+def training_transform(preprocessing: Preprocessing, hflip: float = 0.5) -> Transform:
+    """The evaluation transform with a random shift in place of the centre crop, and a share `hflip` of images mirrored.
 
     Gentle on purpose: a refitted network wants the images that its dense network knows, and larger changes of scale
     cost accuracy in trials.
@@ -179,7 +179,7 @@ def training_transform(preprocessing: Preprocessing) -> Transform:
 
     def steps(first: list[Any], padding: int) -> Transform:
         crop = transforms.RandomCrop((height, width), padding, pad_if_needed=True, padding_mode="reflect")
-        return transforms.Compose([*first, crop, transforms.RandomHorizontalFlip(), *to_tensor])
+        return transforms.Compose([*first, crop, transforms.RandomHorizontalFlip(hflip), *to_tensor])
 
     shift = round(SHIFT * min(height, width))
     return _BySize(preprocessing, steps([], shift), steps([resize], max(0, shift - margin)))
