@@ -28,7 +28,7 @@ from kcrprune.training.sources import (
 )
 
 HELD_OUT: Final = 0.1  # share of the training images that is evaluated on where there is no evaluation set
-GENERATED_HELD_OUT: Final = 256  # generated images to evaluate on; they follow those that are trained on
+GENERATED_HELD_OUT: Final = 1 / 8  # further generated images, to evaluate on, as a share of those trained on
 STREAMED: Final = 4096  # images of a stream (WebDataset and the like) that a run trains on; they are kept in memory
 SHIFT: Final = 1 / 8  # largest shift by the augmentation, as a share of the side: 4 of 32 pixels, as usual for CIFAR
 
@@ -244,7 +244,8 @@ def _generated_images(config: RunConfig, preprocessing: Preprocessing) -> Images
     count, (channels, *size) = config.generated_images, preprocessing.input_size
     if channels not in (1, 3):
         raise DataError(f"images of {channels} channels cannot be generated; name a dataset")
-    everything = _Generated(GeneratedImages(count + GENERATED_HELD_OUT, (size[0], size[1]), config.seed), preprocessing)
+    held_out = max(1, round(count * GENERATED_HELD_OUT))
+    everything = _Generated(GeneratedImages(count + held_out, (size[0], size[1]), config.seed), preprocessing)
     training = Subset(everything, range(count))
     return Images(
         train=training,
@@ -253,7 +254,7 @@ def _generated_images(config: RunConfig, preprocessing: Preprocessing) -> Images
         labelled=False,
         generated=True,
         class_names=None,
-        description=f"{count:,} generated images, {GENERATED_HELD_OUT:,} further ones to measure agreement on",
+        description=f"{count:,} generated images, {held_out:,} further ones to measure agreement on",
     )
 
 
