@@ -30,7 +30,7 @@ from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import loader, open_images, sample, split
-from kcrprune.training.evaluate import evaluate
+from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.loop import endless, make_objective, mean_loss, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import fisher_scores, magnitude_scores, random_scores
@@ -101,7 +101,9 @@ class Run:
         """Everything between the loaded network and the saved one."""
         config = self.config
         with self.stage("measure dense"):
-            kernel_before, accuracy_before = self._measure(self.dense, None)
+            reference = Remembered(self.dense.eval())
+            kernel_before = kernel_figures(self.dense, self.calibration, config.kernel_rank)
+            accuracy_before = self._evaluate(reference, None)
         rotated = copy.deepcopy(self.dense)
         if config.balance:
             with self.stage("balance"):
@@ -115,7 +117,8 @@ class Run:
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
-            kernel_after, accuracy_after = self._measure(pruned, self.dense)
+            kernel_after = kernel_figures(pruned, self.calibration, config.kernel_rank)
+            accuracy_after = self._evaluate(pruned, reference.rewind_())
         assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
             self.macs, self.purse.sites, plan
         ), "predicted and counted MACs differ"
@@ -142,10 +145,7 @@ class Run:
         self.stages.append(StageTime(stage=name, seconds=seconds))
         self.listener(StageEnded(name, seconds))
 
-    def _measure(self, model: nn.Module, reference: nn.Module | None) -> tuple[KernelFigures, Accuracy | None]:
-        return kernel_figures(model, self.calibration, self.config.kernel_rank), self._evaluate(model, reference)
-
-    def _evaluate(self, model: nn.Module, reference: nn.Module | None) -> Accuracy | None:
+    def _evaluate(self, model: Predict, reference: Predict | None) -> Accuracy | None:
         if self.images.evaluate is None:
             return None
         return accuracy_of(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,27 @@ class Evaluation:
     top5: float | None = None  # likewise; None where there are no more than five classes
     loss: float | None = None  # mean cross-entropy with the labels, in nats
     agreement: float | None = None  # how often the reference names the same class
+
+
+class Remembered:
+    """A network whose logits on one unshuffled set are computed in the first pass and replayed in the next ones."""
+
+    def __init__(self, network: Predict) -> None:
+        self.network = network
+        self.logits: list[Tensor] = []
+        self.position = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of the next batch, on the CPU."""
+        if self.position == len(self.logits):
+            self.logits.append(_logits(self.network, images))
+        self.position += 1
+        return self.logits[self.position - 1]
+
+    def rewind_(self) -> Self:
+        """Back to the first batch."""
+        self.position = 0
+        return self
 
 
 @torch.no_grad()
