@@ -25,7 +25,7 @@ RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 Share = Annotated[float, Field(gt=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Scores = Literal["fisher", "magnitude", "random"]
+Scores = Literal["fisher", "magnitude", "random", "equal"]
 
 
 class RunConfig(Frozen):

@@ -33,7 +33,7 @@ from kcrprune.training.data import loader, open_images, sample, split
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.loop import endless, make_objective, mean_loss, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
-from kcrprune.training.scores import fisher_scores, magnitude_scores, random_scores
+from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
 
 HELD_OUT = 512  # images, at most, that decide between plans and between weights
@@ -111,9 +111,11 @@ class Run:
         scores = self._score(rotated)
         for number in range(1, config.stages):
             scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
-        candidates = {"scores": scores}
+        candidates = {}
         if config.search_steps > 0:
             candidates["search"] = self._search(rotated, scores)
+        if config.search_steps == 0 or config.scores != "equal":  # equal scores are a start and no plan
+            candidates["scores"] = scores
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
@@ -165,6 +167,8 @@ class Run:
                 scores = magnitude_scores(model, gates)
             elif self.config.scores == "random":
                 scores = random_scores(gates, generator)
+            elif self.config.scores == "equal":
+                scores = equal_scores(gates)
             else:
                 scores = fisher_scores(model, gates, self.score_batches, generator)
         remove_gates_(model, gates)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kcrprune.families import classifiers
-from kcrprune.method.budget import Scores
+from kcrprune.method.budget import Scores, channel_macs
 from kcrprune.method.gates import Gates
 from kcrprune.surgery.swap import linear_at
 
@@ -72,7 +72,15 @@ def magnitude_scores(model: nn.Module, gates: Gates) -> Scores:
 
 def random_scores(gates: Gates, generator: torch.Generator) -> Scores:
     """Uniform noise times the channel's cost, so that every axis is cut alike; the humblest baseline."""
-    return _by_site(gates, [torch.rand(gate.logits.shape, generator=generator) for _, _, gate in gates])
+    noise = [torch.rand(gate.logits.shape, generator=generator) for _, _, gate in gates]
+    return _by_site(gates, [x * channel_macs(site, axis) for x, (site, axis, _) in zip(noise, gates, strict=True)])
+
+
+def equal_scores(gates: Gates) -> Scores:
+    """The same score for each MAC, so that every gate of a search starts undecided, as the paper's do."""
+    return _by_site(
+        gates, [torch.full_like(gate.logits, float(channel_macs(site, axis))) for site, axis, gate in gates]
+    )
 
 
 def _by_site(gates: Gates, scores: list[Tensor]) -> Scores:

@@ -169,7 +169,14 @@ def test_inspect_tells_what_can_be_cut(checkpoint: Path):
 
 @pytest.mark.parametrize("recipe", ["paper", "no-train", "default"])
 def test_every_recipe_runs(recipe: str, checkpoint: Path, tmp_path: Path):
-    short = {"batch_size": 8, "generated_images": 40, "workers": 0, "target_flops": 0.8, "device": "cpu"}
+    short = {
+        "batch_size": 8,
+        "generated_images": 40,
+        "workers": 0,
+        "target_flops": 0.8,
+        "device": "cpu",
+        "task": "distill",
+    }
     config = load_config(recipe, None, short)
     config = config.model_copy(
         update={name: min(3, getattr(config, name)) for name in ("search_steps", "recover_steps")}

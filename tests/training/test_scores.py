@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from kcrprune.method.gates import Gates
 from kcrprune.plan import AXES
 from kcrprune.surgery.gated import add_gates_
-from kcrprune.training.scores import fisher_scores, magnitude_scores, random_scores
+from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
+from kcrprune.training.search import start_logits_
 from tests.conftest import Tiny
 
 
@@ -80,6 +81,12 @@ def test_baseline_scores_have_the_shapes_of_the_fisher_ones(tiny: Tiny, kind: st
     )
     for site, axis, _ in gates:
         assert baseline[site.name][axis].shape == fisher[site.name][axis].shape
+
+
+def test_equal_scores_start_every_gate_undecided(tiny: Tiny):
+    gates = add_gates_(tiny.model(), AXES)
+    start_logits_(gates, equal_scores(gates))
+    assert all((gate.logits == 0).all() for _, _, gate in gates)
 
 
 def test_magnitude_is_the_weight_that_a_cut_removes(tiny: Tiny):
