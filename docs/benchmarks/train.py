@@ -18,9 +18,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from finetune_vit import vit, vit_inputs
+from images import accuracy, load_images, normalised
 from safetensors.torch import load_file, save_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.config import set_fused_attn
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from torch import Tensor, nn
@@ -29,18 +29,9 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 log = logging.getLogger("train")
 
 
-def load_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images of folder/CLASS/*.png as (n, 3, 32, 32) uint8 and their labels (n,), in the order of the file names."""
-    classes = sorted(path.name for path in folder.iterdir())
-    files = sorted(folder.glob("*/*.png"), key=lambda path: path.name)
-    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])  # (n, 32, 32, 3)
-    labels = [classes.index(path.parent.name) for path in files]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Images in 0..255 as normalised floats."""
-    return (images.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+def inputs_of(images: Tensor) -> Tensor:
+    """Images in 0..255 as the two networks take them."""
+    return normalised(images, CIFAR_MEAN, CIFAR_STD)
 
 
 @torch.inference_mode()
@@ -48,12 +39,10 @@ def teacher_logits(checkpoint: Path, images: Tensor, cache: Path) -> Tensor:
     """Logits (n, 10) of the ViT on all images, prepared as it was trained; from `cache` if that exists."""
     if cache.exists():
         return torch.from_numpy(np.load(cache)["logits"])
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=56, num_classes=10).eval()
-    model.load_state_dict({name: weight.float() for name, weight in load_file(checkpoint).items()})
+    model = vit(load_file(checkpoint)).eval()
     logits, start = [], time.monotonic()
     for number, batch in enumerate(images.split(100)):
-        larger = F.interpolate(batch.float(), size=56, mode="bicubic", align_corners=False)
-        logits.append(model(normalised(larger, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))
+        logits.append(model(vit_inputs(batch)))
         if number % 20 == 0:
             log.info("teacher: %d images, %.0f s", number * 100, time.monotonic() - start)
     np.savez(cache, logits=torch.cat(logits).numpy())
@@ -85,7 +74,7 @@ def start_well_(model: Any, images: Tensor) -> None:
     """A better start for a short training: patch filters that whiten real patches, sine-cosine positions for a ViT."""
     projection = model.patch_embed.proj
     size = projection.kernel_size[0]
-    patches = normalised(images, CIFAR_MEAN, CIFAR_STD).unfold(2, size, size).unfold(3, size, size)
+    patches = inputs_of(images).unfold(2, size, size).unfold(3, size, size)
     patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size * size)  # (patches, 3 size^2)
     energies, directions = torch.linalg.eigh(torch.cov(patches.T))
     filters = (directions / (energies + 1e-2).sqrt()).T.flip(0).reshape(-1, 3, size, size)
@@ -142,16 +131,6 @@ def forward_bfloat16(model: nn.Module, inputs: Tensor) -> Tensor | tuple[Tensor,
     return tuple(part.float() for part in outputs) if isinstance(outputs, tuple) else outputs.float()
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent, without augmentation."""
-    model.eval()
-    hits = 0
-    for batch, truth in zip(images.split(200), labels.split(200), strict=True):
-        hits += (model(normalised(batch, CIFAR_MEAN, CIFAR_STD)).argmax(1) == truth).sum().item()
-    return 100 * hits / len(labels)
-
-
 def train_(model: nn.Module, images: Tensor, labels: Tensor, teacher: Tensor, arguments: argparse.Namespace) -> int:
     """Trains for --epochs, or for --minutes if that is shorter, and returns the number of steps.
 
@@ -165,7 +144,7 @@ def train_(model: nn.Module, images: Tensor, labels: Tensor, teacher: Tensor, ar
     while (progress := max(step / steps, (time.monotonic() - start) / (60 * arguments.minutes))) < 1:
         rate = arguments.lr * min((step + 1) / 100, 1.0, (1 - progress) / 0.8)
         picked = torch.randint(0, len(images), (arguments.batch_size,), generator=generator)
-        inputs = normalised(augmented(images[picked], generator), CIFAR_MEAN, CIFAR_STD)
+        inputs = inputs_of(augmented(images[picked], generator))
         loss = loss_of(forward_bfloat16(model, inputs), labels[picked], teacher[picked])
         loss.backward()
         for optimizer in chosen:
@@ -207,14 +186,14 @@ def main() -> None:
     images, labels = load_images(arguments.data / "train")
     teacher = teacher_logits(arguments.teacher, images, arguments.logits)
     name, options = ARCHITECTURES[arguments.network]
-    model = timm.create_model(name, **options)
+    model: Any = timm.create_model(name, **options)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)
     start_well_(model, images[:2000])
     steps = train_(model, images, labels, teacher, arguments)
     weights = {key: value.half() for key, value in model.state_dict().items() if value.is_floating_point()}
     model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
-    top1 = accuracy(model, *load_images(arguments.data / "validation"))  # of what is saved
+    top1 = accuracy(model, inputs_of, *load_images(arguments.data / "validation"))  # of what is saved
     log.info("top-1 on the test images: %.2f %%", top1)
     save(weights, arguments, steps * arguments.batch_size / len(images), top1)
 
@@ -230,8 +209,9 @@ def save(weights: dict[str, Tensor], arguments: argparse.Namespace, epochs: floa
         "crop_pct": 1.0,
         "num_classes": 10,
     }
+    limit = "" if math.isinf(arguments.minutes) else f" of {arguments.epochs:g} (limit: {arguments.minutes:g} min)"
     about = (
-        f"Trained on CIFAR-10 by docs/benchmarks/train.py: {epochs:.2f} epochs, batch {arguments.batch_size}, "
+        f"Trained on CIFAR-10 by docs/benchmarks/train.py: {epochs:.2f} epochs{limit}, batch {arguments.batch_size}, "
         f"rate {arguments.lr}, seed {arguments.seed}, Muon for matrices and AdamW for the rest, flips, shifts of up "
         "to 4 px; half cross-entropy (smoothing 0.05), half distillation from a DINOv2-started ViT-S at 56 px "
         f"(85.8 %). Top-1 on the 10,000 test images: {top1:.2f} %."
