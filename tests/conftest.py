@@ -11,6 +11,9 @@ from kcrprune.families import BlockSite, build, sites
 from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Kept
 
 
+torch.set_num_threads(1)  # for tiny networks; where the cores are shared, waiting threads make it ten times slower
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One tiny network: how to build it and what it eats."""
