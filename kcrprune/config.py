@@ -23,8 +23,8 @@ from kcrprune.plan import AXES, Axis, Frozen
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
+Precision = Literal["auto", "fp32", "bf16"]
 Scores = Literal["fisher", "magnitude", "random", "equal"]
 
 
@@ -135,7 +135,7 @@ class RunConfig(Frozen):
 
     # the machine
     seed: NonNegativeInt = Field(default=42, description="Seed of everything random.")
-    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps.")
+    device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
 
     @model_validator(mode="after")

@@ -14,8 +14,6 @@ from kcrprune.errors import ConfigError
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
 
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
 
 def open_accelerator(device: str, precision: str) -> Accelerator:
     """Accelerator on the asked device; `auto` is a GPU where there is one, in bf16, else the CPU in fp32.
@@ -25,24 +23,20 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     chosen = _available_device(device)
     if precision == "auto":
         precision = "bf16" if chosen.startswith("cuda") else "fp32"
-    if precision == "fp16" and chosen == "cpu":
-        raise ConfigError("precision fp16 needs a GPU; on the CPU use fp32 or bf16")
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may ask for another device
     if chosen.startswith("cuda:"):
         os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
-    return Accelerator(cpu=chosen == "cpu", mixed_precision=MIXED[precision])
+    else:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+    return Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 
 def _available_device(device: str) -> str:
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    count = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if device.startswith("cuda"):
-        count = torch.cuda.device_count() if has_cuda else 0
-        if int(device.partition(":")[2] or 0) >= count:
-            raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
-    if device == "mps" and not has_mps:
-        raise ConfigError("device 'mps' is not here; use auto or cpu")
+        return "cuda" if count else "cpu"
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
     return device
 
 

@@ -167,6 +167,19 @@ def test_inspect_tells_what_can_be_cut(checkpoint: Path):
     assert found.floor["all axes"] <= min(found.floor.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_ends_where_the_cpu_does(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
+    exact = {"precision": "fp32", "search_steps": 0, "recover_steps": 0}
+    outputs = []
+    for device in ("cpu", "cuda"):
+        config = SHORT.model_copy(update={"device": device, **exact})
+        folder = pipeline.compress(checkpoint, config, tmp_path / device, ignore).folder
+        with torch.no_grad():
+            outputs.append(kcrprune.load(folder)(tiny_vit.images()))
+    assert relative_error(outputs[1], outputs[0]) < 1e-2
+
+
 @pytest.mark.parametrize("recipe", ["paper", "no-train", "default"])
 def test_every_recipe_runs(recipe: str, checkpoint: Path, tmp_path: Path):
     short = {
