@@ -2,9 +2,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from kcrprune.artifact.onnx import GraphRecord, open_onnx
+from kcrprune.artifact.onnx import GraphRecord, open_onnx, wire
 from kcrprune.errors import CheckpointError, DataError
 from kcrprune.plan import Preprocessing
 from tests.artifact.graphs import BIAS, WEIGHT, classifier, expected, put_outside
@@ -130,6 +133,64 @@ def test_what_is_not_a_classifier_is_refused_with_the_reason(written, content, m
     path = written(content)
     with pytest.raises(CheckpointError, match=rf"graph\.onnx: .*{message}"):
         open_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ((7,), 1),  # operators of the graph
+        ((7,), 5),  # weights
+        ((7, 1), 5),  # attributes of an operator
+        ((), 14),  # metadata
+        ((7, 11, 2, 1, 2), 1),  # dimensions of an input
+    ],
+)
+def test_a_small_file_of_many_empty_parts_never_reaches_the_parser(written, monkeypatch, path, part):
+    bomb = bytes([part << 3 | 2, 0]) * 110_000
+    for number in reversed(path):
+        bomb = bytes([number << 3 | 2]) + varint(len(bomb)) + bomb
+    monkeypatch.setattr(onnx, "load_model_from_string", None)
+    with pytest.raises(CheckpointError, match="its graph has more than 100000 parts, which no network needs"):
+        open_onnx(written(classifier().SerializeToString() + bomb))
+
+
+def varint(number):
+    """Protobuf's own way to write a length."""
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def test_the_check_on_the_wire_refuses_what_the_parser_refuses():
+    data = classifier().SerializeToString()
+    for length in range(1, len(data) + 1):
+        assert accepts(lambda part: wire.check(part, onnx.ModelProto), data[:length]) == accepts(
+            onnx.load_model_from_string, data[:length]
+        )
+
+
+def accepts(parser, data):
+    try:
+        parser(data)
+    except (CheckpointError, DecodeError):
+        return False
+    return True
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_damaged_file_is_an_error_or_a_graph(data, tmp_path_factory):
+    content = bytearray(classifier(metadata={"kcrprune.macs": "15"}).SerializeToString())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    path = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    path.write_bytes(content[:cut] if data.draw(st.booleans()) else content)
+    try:
+        graph = open_onnx(path)
+    except CheckpointError:
+        return
+    assert graph.counted_macs is None or graph.counted_macs >= 0
+    assert all(size > 0 for size in graph.input_size)
 
 
 def test_names_that_nobody_relies_on_may_be_no_text(written):

@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
+from kcrprune.artifact.onnx import wire
 from kcrprune.errors import CheckpointError
 from kcrprune.plan import Preprocessing
 
@@ -28,6 +29,7 @@ def parse(path: Path) -> ModelProto:
         raise CheckpointError(f"the file has {size} bytes; an ONNX file holds at most {LARGEST_FILE}")
     data = path.read_bytes()
     _recognise(data[:512])
+    wire.check(data, ModelProto)
     try:
         model = onnx.load_model_from_string(data)
     except DecodeError as error:
