@@ -64,7 +64,7 @@ class RunConfig(Frozen):
     generated_images: PositiveInt = Field(
         default=2048, description="How many images to generate when there is no data."
     )
-    calibration_images: PositiveInt = Field(default=2048, description="Images for balance and refit.")
+    calibration_images: PositiveInt = Field(default=1024, description="Images for balance and refit.")
     score_images: PositiveInt = Field(default=512, description="Images for the channel scores.")
     hflip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Share of the training images to mirror.")
     workers: NonNegativeInt = Field(default=2, description="Processes that load images.")
