@@ -76,11 +76,12 @@ def _share(part: int | None, whole: int | None) -> float | None:
     return None if part is None or whole is None else part / whole
 
 
-def width_table(blocks: Sequence[BlockWidths], title: str = "Kept widths") -> Table:
+def width_table(blocks: Sequence[BlockWidths], of: str = "") -> Table:
     """What each block keeps of each axis; a width that is whole stands alone."""
+    title = "Widths" if all(block.kept == block.dense for block in blocks) else "Kept widths"
     axes: list[Axis] = [axis for axis in AXES if any(axis in block.dense for block in blocks)]
     rows = tuple((block.site, *(_width(block, axis) for axis in axes)) for block in blocks)
-    return Table(title, ("block", *axes), rows)
+    return Table(f"{title} of {of}" if of else title, ("block", *axes), rows)
 
 
 def _width(block: BlockWidths, axis: Axis) -> str:
@@ -147,7 +148,7 @@ def tables_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[Ta
         shown += [width_table(what.after.blocks)] if what.after.blocks else []
         shown += [stage_table(what.stages)] if what.stages else []
         return tuple(shown)
-    widths = [width_table(report.blocks, f"Kept widths of {report.source}") for report in what if report.blocks]
+    widths = [width_table(report.blocks, report.source) for report in what if report.blocks]
     return (summary(what), *widths)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kcrprune.measure.report import Accuracy
 from kcrprune.measure.summary import summary, tables_of, to_markdown
-from tests.measure.examples import AFTER, COMPARISON, INSPECTION, report
+from tests.measure.examples import AFTER, BLOCK, COMPARISON, INSPECTION, report
 
 
 def cells(markdown, label):
@@ -47,6 +47,12 @@ def test_networks_stand_side_by_side():
     reports = [report(source=name) for name in ("a.pth", "b.pth", "c.onnx")]
     assert summary(reports).header == ("", "a.pth", "b.pth", "c.onnx")
     assert to_markdown(reports).startswith("# a.pth and b.pth and c.onnx\n")
+
+
+def test_only_a_cut_network_keeps_widths():
+    whole = BLOCK.model_copy(update={"kept": BLOCK.dense})
+    titles = [table.title for table in tables_of([report(blocks=(whole,)), AFTER])]
+    assert titles == ["Summary", "Widths of in/vit.pth", "Kept widths of run/model.safetensors"]
 
 
 def test_an_inspection_says_what_a_pickle_mentions():
