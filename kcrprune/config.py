@@ -66,7 +66,9 @@ class RunConfig(Frozen):
     )
     calibration_images: PositiveInt = Field(default=1024, description="Images for balance and refit.")
     score_images: PositiveInt = Field(default=512, description="Images for the channel scores.")
-    hflip: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Share of the training images to mirror.")
+    hflip: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5, description="Share of the training images to mirror."
+    )
     workers: NonNegativeInt = Field(default=2, description="Processes that load images.")
 
     # the network

@@ -1,15 +1,14 @@
 """Turns what was opened or measured into reports."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kcrprune.artifact.checkpoint import open_model
 from kcrprune.artifact.formats import Opened
 from kcrprune.artifact.onnx import OnnxModel, open_onnx
-from kcrprune.families import FeatureTap, classifiers
+from kcrprune.families import classifiers
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_widths
@@ -24,18 +23,8 @@ def class_count(model: nn.Module) -> int:
     return heads[0].out_features if heads else 0
 
 
-@torch.no_grad()
-def kernel_figures(model: nn.Module, batches: Iterable[Tensor], rank_share: float) -> KernelFigures:
-    """KC and its relatives of a model's features over all images of `batches`."""
-    covariance: Covariance | None = None
-    device = next(model.parameters()).device
-    with FeatureTap(model) as tap:
-        for images in batches:
-            model(images.to(device))
-            features = tap.take()
-            covariance = covariance or Covariance(features.shape[1])
-            covariance.add_(features)
-    assert covariance is not None, "no images"
+def kernel_figures(covariance: Covariance, rank_share: float) -> KernelFigures:
+    """KC and its relatives of the features that a covariance has seen."""
     spectrum = covariance.spectrum()
     found = kernel_complexity(spectrum, covariance.images)
     rank = rank_for(rank_share, covariance.images, covariance.total.shape[0])

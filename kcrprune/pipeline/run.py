@@ -31,7 +31,7 @@ from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import loader, open_images, sample, split
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
-from kcrprune.training.loop import endless, make_objective, mean_loss, open_accelerator
+from kcrprune.training.loop import endless, feature_covariance, make_objective, mean_loss, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
@@ -102,7 +102,8 @@ class Run:
         config = self.config
         with self.stage("measure dense"):
             reference = Remembered(self.dense.eval())
-            kernel_before = kernel_figures(self.dense, self.calibration, config.kernel_rank)
+            self.covariance = feature_covariance(self.dense, self.calibration)
+            kernel_before = kernel_figures(self.covariance, config.kernel_rank)
             accuracy_before = self._evaluate(reference, None)
         rotated = copy.deepcopy(self.dense)
         if config.balance:
@@ -119,7 +120,7 @@ class Run:
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
-            kernel_after = kernel_figures(pruned, self.calibration, config.kernel_rank)
+            kernel_after = kernel_figures(feature_covariance(pruned, self.calibration), config.kernel_rank)
             accuracy_after = self._evaluate(pruned, reference.rewind_())
         assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
             self.macs, self.purse.sites, plan
@@ -200,6 +201,7 @@ class Run:
                 self.accelerator,
                 endless(weight_loader),
                 endless(gate_loader),
+                self.covariance,
                 steps=steps,
                 listener=self.listener,
             )
@@ -257,6 +259,7 @@ class Run:
                 self.accelerator,
                 endless(batches),
                 self.held_out,
+                self.covariance,
                 steps=steps,
                 listener=self.listener,
             )

@@ -1,7 +1,7 @@
 """What every training stage shares: the device, an endless stream of batches, a watch on the kernel."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
+from kcrprune.families import FeatureTap
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
 
@@ -46,30 +47,48 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from batches
 
 
-class KernelWatch:
-    """Follows the features of a training stage: their KC, and an objective's basis, both renewed every few steps."""
+@torch.no_grad()
+def feature_covariance(model: nn.Module, batches: Iterable[Tensor]) -> Covariance:
+    """Covariance of a model's features over all images of `batches`."""
+    covariance: Covariance | None = None
+    device = next(model.parameters()).device
+    with FeatureTap(model) as tap:
+        for images in batches:
+            model(images.to(device))
+            features = tap.take()
+            covariance = covariance or Covariance(features.shape[1])
+            covariance.add_(features)
+    assert covariance is not None, "no images"
+    return covariance
 
-    def __init__(self, objective: Objective, rank_share: float, every: int) -> None:
+
+class KernelWatch:
+    """Follows the features of a training stage: their KC, and an objective's basis, both renewed every few steps.
+
+    The first basis is that of `start`, the features of the dense network.
+    """
+
+    def __init__(self, objective: Objective, start: Covariance, rank_share: float, every: int) -> None:
         self.objective = objective
         self.rank_share = rank_share
         self.every = every
-        self.seen: Covariance | None = None
+        self.seen = start
         self.steps = 0
+        self._renew_()
 
     def see_(self, features: Tensor) -> dict[str, float]:
         """Takes in the features (batch, d) of one step; returns KC over the last steps when it is renewed."""
-        self.seen = self.seen or Covariance(features.shape[1])
+        if self.steps % self.every == 0:
+            self.seen = Covariance(features.shape[1])
         self.seen.add_(features)
         self.steps += 1
-        if self.steps % self.every and self.steps > 1:
-            return {}
+        return self._renew_() if self.steps % self.every == 0 else {}
+
+    def _renew_(self) -> dict[str, float]:
         if self.objective.kernel_weight > 0:
-            rank = rank_for(self.rank_share, self.seen.images, features.shape[1])
-            self.objective.basis = self.seen.basis(rank).to(features)
-        found = kernel_complexity(self.seen.spectrum(), self.seen.images)
-        if self.steps % self.every == 0:
-            self.seen = None
-        return {"kc": found.kc}
+            rank = rank_for(self.rank_share, self.seen.images, self.seen.total.shape[0])
+            self.objective.basis = self.seen.basis(rank)
+        return {"kc": kernel_complexity(self.seen.spectrum(), self.seen.images).kc}
 
 
 def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Objective:

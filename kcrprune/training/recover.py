@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, StepDone
+from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
 from kcrprune.training.loop import KernelWatch, mean_loss
 
@@ -35,6 +36,7 @@ def recover_(
     accelerator: Accelerator,
     batches: Iterator[tuple[Tensor, Tensor]],
     held_out: DataLoader,
+    covariance: Covariance,
     *,
     steps: int,
     listener: Listener,
@@ -47,7 +49,7 @@ def recover_(
     device = accelerator.device
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps))
-    watch = KernelWatch(objective, config.kernel_rank, config.kernel_every)
+    watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     best, best_step = mean_loss(objective, model.eval(), held_out, device), 0
     before, kept, history = best, copy.deepcopy(model.state_dict()), []
     for step in range(1, steps + 1):

@@ -16,6 +16,7 @@ from kcrprune.config import RunConfig
 from kcrprune.events import Listener, StepDone
 from kcrprune.method.budget import Scores, channel_macs, expected_macs
 from kcrprune.method.gates import Gates, temperature_at
+from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.training.loop import KernelWatch
 
@@ -43,11 +44,15 @@ def search_(
     accelerator: Accelerator,
     weight_batches: Batches,
     gate_batches: Batches,
+    covariance: Covariance,
     *,
     steps: int,
     listener: Listener,
 ) -> Searched:
-    """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0."""
+    """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0.
+
+    `covariance` is that of the dense network's features.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     start_logits_(gates, scores)
     shift_to_budget_(gates, dense_macs, config.target_flops)
@@ -56,7 +61,7 @@ def search_(
         weight.requires_grad_(config.search_weight_lr > 0)
     gate_optimizer = torch.optim.Adam(gates.parameters(), lr=config.search_lr)
     weight_optimizer = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
-    watch = KernelWatch(objective, config.kernel_rank, config.kernel_every)
+    watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     history = []
     for step in range(steps):
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)

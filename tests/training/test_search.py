@@ -13,7 +13,7 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import expected_macs
 from kcrprune.method.objective import Objective, feature_distance, logit_distance
 from kcrprune.surgery.gated import add_gates_
-from kcrprune.training.loop import endless, make_objective, open_accelerator
+from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
 from kcrprune.training.search import learned_scores, search_, shift_to_budget_, start_logits_
@@ -43,6 +43,7 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
         open_accelerator("cpu", "fp32"),
         endless(batches(tiny, 1)),
         endless(batches(tiny, 2)),
+        feature_covariance(dense, [tiny.images(8)]),
         steps=5,
         listener=events.append,
     )
@@ -57,8 +58,8 @@ def test_the_budget_is_met_at_every_step_and_every_figure_is_told(tiny: Tiny):
     for event in steps:
         assert event.values["expected_macs"] == pytest.approx(0.8, abs=1e-3)
         assert {"loss", "labels", "distill", "temperature"} <= set(event.values)
-    assert any("kc" in event.values for event in steps)
-    assert "kernel" in steps[-1].values
+    assert ["kc" in event.values for event in steps] == [False, True, False, True, False]
+    assert all("kernel" in event.values for event in steps)
 
 
 def test_same_seed_same_logits_and_frozen_weights(tiny_vit: Tiny):
@@ -107,6 +108,7 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
         open_accelerator("cpu", "fp32"),
         endless(batches(tiny)),
         batches(tiny, 7),
+        feature_covariance(dense, [tiny.images(8)]),
         steps=8,
         listener=lambda event: None,
     )
@@ -129,6 +131,7 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was(tiny_vit: Tiny):
         open_accelerator("cpu", "fp32"),
         endless(batches(tiny_vit)),
         batches(tiny_vit, 7),
+        feature_covariance(dense, [tiny_vit.images(8)]),
         steps=4,
         listener=lambda event: None,
     )
