@@ -9,13 +9,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
 from kcrprune.artifact.checkpoint import open_model, save_model
 from kcrprune.artifact.formats import Opened
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, DataError
+from kcrprune.errors import CheckpointError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
@@ -23,20 +22,19 @@ from kcrprune.method.budget import Scores, predicted_macs, require_reachable, so
 from kcrprune.method.gates import Gates
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
+from kcrprune.pipeline.parts import divide
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
-from kcrprune.training.data import loader, open_images, sample, split
+from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.loop import endless, feature_covariance, make_objective, mean_loss, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
-
-HELD_OUT = 512  # images, at most, that decide between plans and between weights
 
 
 @dataclass
@@ -68,47 +66,24 @@ class Run:
         )
         if self.images.generated:
             self._say("no data was given: images are generated, and the task is to agree with the dense network", True)
-        self._split_images()
+        self.parts = divide(self.images, config)
 
     def _say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (private, read at the call)
         self.notes.append(text)
         self.listener(Note(text, warning))
-
-    def _split_images(self) -> None:
-        """Sets aside what decides between plans; of the rest, weights and gates get a part each."""
-        config, images = self.config, self.images
-        total = len(images.train)  # type: ignore[arg-type]
-        rest = 1 - min(HELD_OUT, total // 5) / max(1, total)
-        self.training_images, _ = split(images.train, rest, config.seed)
-        calibrate, held_out = split(images.calibrate, rest, config.seed)
-        self.weight_images, self.gate_images = split(self.training_images, config.search_split, config.seed)
-        calibrate = sample(calibrate, config.calibration_images, config.seed)
-        self.calibration = self._batches(calibrate)
-        self.score_batches = self._batches(sample(calibrate, config.score_images, config.seed))
-        self.held_out = self._loader(held_out, shuffle=False)
-
-    def _loader(self, dataset: Dataset, *, shuffle: bool) -> DataLoader:
-        config = self.config
-        size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
-        if size == 0:
-            raise DataError("too few images: search, calibration and held-out part each need at least one")
-        return loader(dataset, size, shuffle=shuffle, seed=config.seed, workers=config.workers, drop_last=shuffle)
-
-    def _batches(self, dataset: Dataset) -> list[Tensor]:
-        return [images for images, _ in self._loader(dataset, shuffle=False)]
 
     def compress(self, path: Path, final_path: Path) -> Comparison:
         """Everything between the loaded network and the saved one."""
         config = self.config
         with self.stage("measure dense"):
             reference = Remembered(self.dense.eval())
-            self.covariance = feature_covariance(self.dense, self.calibration)
+            self.covariance = feature_covariance(self.dense, self.parts.calibration)
             kernel_before = kernel_figures(self.covariance, config.kernel_rank)
             accuracy_before = self._evaluate(reference, None)
         rotated = copy.deepcopy(self.dense)
         if config.balance:
             with self.stage("balance"):
-                balance_(rotated, self.purse.sites, self.calibration)
+                balance_(rotated, self.purse.sites, self.parts.calibration)
         scores = self._score(rotated)
         for number in range(1, config.stages):
             scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
@@ -120,7 +95,7 @@ class Run:
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
-            kernel_after = kernel_figures(feature_covariance(pruned, self.calibration), config.kernel_rank)
+            kernel_after = kernel_figures(feature_covariance(pruned, self.parts.calibration), config.kernel_rank)
             accuracy_after = self._evaluate(pruned, reference.rewind_())
         assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
             self.macs, self.purse.sites, plan
@@ -149,13 +124,9 @@ class Run:
         self.listener(StageEnded(name, seconds))
 
     def _evaluate(self, model: Predict, reference: Predict | None) -> Accuracy | None:
-        if self.images.evaluate is None:
+        if self.parts.evaluation is None:
             return None
-        return accuracy_of(
-            evaluate(
-                model, self._loader(self.images.evaluate, shuffle=False), reference=reference, listener=self.listener
-            )
-        )
+        return accuracy_of(evaluate(model, self.parts.evaluation, reference=reference, listener=self.listener))
 
     def _gate_(self, model: nn.Module) -> Gates:
         return add_gates_(model, self.config.axes, include=self.config.include, exclude=self.config.exclude)
@@ -171,7 +142,7 @@ class Run:
             elif self.config.scores == "equal":
                 scores = equal_scores(gates)
             else:
-                scores = fisher_scores(model, gates, self.score_batches, generator)
+                scores = fisher_scores(model, gates, self.parts.scoring, generator)
         remove_gates_(model, gates)
         return scores
 
@@ -187,9 +158,7 @@ class Run:
     def _search(self, model: nn.Module, scores: Scores) -> Scores:
         config = self.config
         gates = self._gate_(model)
-        gate_loader = self._loader(self.gate_images, shuffle=True)
-        weight_loader = self._loader(self.weight_images, shuffle=True)
-        steps = config.search_steps if config.epochs is None else config.epochs * len(gate_loader)
+        steps = config.search_steps if config.epochs is None else config.epochs * len(self.parts.gates)
         with self.stage("search", steps):
             found = search_(
                 model,
@@ -199,8 +168,8 @@ class Run:
                 make_objective(config, self.dense, labelled=self.images.labelled),
                 config,
                 self.accelerator,
-                endless(weight_loader),
-                endless(gate_loader),
+                endless(self.parts.weights),
+                endless(self.parts.gates),
                 self.covariance,
                 steps=steps,
                 listener=self.listener,
@@ -218,7 +187,7 @@ class Run:
             pruned = apply_plan_(copy.deepcopy(rotated), plan)
             if self.config.refit:
                 self._refit(pruned, plan, name)
-            losses[name] = mean_loss(objective, pruned, self.held_out, self.accelerator.device)
+            losses[name] = mean_loss(objective, pruned, self.parts.held_out, self.accelerator.device)
             results[name] = plan, pruned
         best = min(losses, key=lambda name: losses[name])
         self.decisions["plans"] = {"held_out_distillation": losses, "chosen": best}
@@ -235,7 +204,7 @@ class Run:
                 self.dense,
                 self.purse.sites,
                 plan,
-                self.calibration,
+                self.parts.calibration,
                 ridge=self.config.refit_ridge,
                 on_block=lambda done: self.listener(StepDone(stage, done)),
             )
@@ -249,16 +218,15 @@ class Run:
             cut = self._evaluate(pruned, None)
         if cut is not None and cut.top1 is not None:
             self._say(f"after cut and refit, before recovery: top-1 {100 * cut.top1:.2f} %")
-        batches = self._loader(self.training_images, shuffle=True)
-        steps = config.recover_steps if config.epochs is None else config.epochs * len(batches)
+        steps = config.recover_steps if config.epochs is None else config.epochs * len(self.parts.training)
         with self.stage("recover", steps):
             found = recover_(
                 pruned,
                 make_objective(config, self.dense, labelled=self.images.labelled),
                 config,
                 self.accelerator,
-                endless(batches),
-                self.held_out,
+                endless(self.parts.training),
+                self.parts.held_out,
                 self.covariance,
                 steps=steps,
                 listener=self.listener,
