@@ -93,10 +93,14 @@ class Stream(IterableDataset):
 def open_folder(root: Path, class_map: str | None, channels: int) -> Source:
     """A folder of class folders, a folder of images without labels, or a tar file of either."""
     items = _opened("", str(root), "", class_map).reader
-    indices = dict(items.class_to_idx)
-    if "" in indices and len(indices) > 1:
+    indices = dict(items.class_name_to_idx if root.is_file() else items.class_to_idx)
+    flat = indices.keys() & {"", "."}  # what timm calls the class of images that lie in no folder
+    if flat and len(indices) > 1:
         raise DataError(f"{root} holds images beside its class folders; move them into one, or name a folder below it")
-    return _checked(Source(items, _mode(channels), None if "" in indices else indices, str(root)))
+    source = Source(items, _mode(channels), None if flat else indices, str(root))
+    if not root.is_file():  # a tar file would stay open, and processes that load images must not share it
+        source.probe()
+    return source
 
 
 def open_folders(
@@ -135,9 +139,12 @@ def open_named(
     indices = getattr(found, "class_to_idx", None) or getattr(getattr(found, "reader", None), "class_to_idx", None)
     if isinstance(found, IterableDataset):
         items = _attempted(lambda: list(islice(found, keep)), dataset)
-        return _checked(Source(items, _mode(channels), indices or _numbered(items), place))
-    items = getattr(found, "reader", found)
-    return _checked(Source(items, _mode(channels), indices, place))
+        source = Source(items, _mode(channels), indices or _numbered(items), place)
+    else:
+        source = Source(getattr(found, "reader", found), _mode(channels), indices, place)
+    if len(source) == 0:
+        raise DataError(f"{place} holds no images; name a dataset and a split that do")
+    return source
 
 
 def open_stream(
@@ -189,13 +196,6 @@ def _attempted(action: Callable[[], Any], name: str | None) -> Any:
         reason = f"{type(error).__name__}: {_first_line(error)}".removeprefix("RuntimeError: ")
         way_out = "name a folder that holds images, or check the dataset, its split and its class map"
         raise DataError(f"timm cannot open the images of {name} ({reason}); {way_out}") from error
-
-
-def _checked(source: Source) -> Source:
-    if len(source) == 0:
-        raise DataError(f"{source.place} holds no images; name a folder that does")
-    source.probe()
-    return source
 
 
 def _mode(channels: int) -> str:

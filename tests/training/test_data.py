@@ -1,4 +1,5 @@
 import itertools
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,17 @@ def test_without_data_images_are_generated():
     image, label = images.evaluate[0]
     assert label == -1
     assert all(not torch.equal(image, other) for other, _ in everything(images.train))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its tar files open
+@pytest.mark.parametrize(("counts", "labels"), [({"cat": 2, "dog": 1}, [0, 0, 1]), ({"": 3}, [-1, -1, -1])])
+def test_a_tar_file_holds_what_its_folder_holds(tmp_path, counts, labels):
+    folder = write_images(tmp_path / "images", counts)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, ".")
+    packed = everything(open_evaluation(str(tmp_path / "images.tar"), PREPROCESSING, 2))
+    assert_equal_images(packed, everything(open_evaluation(str(folder), PREPROCESSING, 2)))
+    assert [label for _, label in packed] == labels
 
 
 def test_a_dataset_of_torchvision_by_name(tmp_path):
