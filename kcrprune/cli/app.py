@@ -48,8 +48,8 @@ def root(
 
 def main() -> None:
     """The program `kcrprune`."""
-    # Read when torch loads. Threads that spin while they wait made the demo's training steps 10 to 20 times slower on two
-    # cores that other programs use as well, as CI machines have them.
+    # Read when torch loads. Threads that spin while they wait made the demo's training steps ten times slower on two
+    # cores that other programs used as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries' notices to developers; `python -W` brings them back
