@@ -8,7 +8,7 @@ from pathlib import Path
 from kcrprune.errors import KcrPruneError, OutputExistsError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False) -> None:
     """Has `write` fill a temporary file in the folder of `path`, then gives it that name in one step.
 
     A failed or interrupted write leaves nothing at `path`. Missing folders are made and the umask decides the mode.

@@ -123,8 +123,6 @@ def _reader(path: Path, start: bytes) -> Callable[[Path], Contents]:
         return _safetensors
     if start.startswith(b"PK"):
         return _zip
-    if start[:1] == b"\x80" or start[:2] in (b"(d", b"cc", b"ct"):
-        return _pickle
     if path.suffix == ".onnx":
         raise CheckpointError(
             f"{path} is an ONNX graph, which cannot be trained or cut; name the checkpoint it came from"
@@ -135,6 +133,8 @@ def _reader(path: Path, start: bytes) -> Callable[[Path], Contents]:
         )
     if start.lstrip()[:1] == b"{":
         raise CheckpointError(f"{path} is a JSON text and no weights; name the folder or the weights beside it")
+    if start[:1] in (b"\x80", b"(", b"c", b"]", b"}"):  # protocol 2 and later; how those before begin
+        return _pickle
     raise CheckpointError(f"{path} is no checkpoint that kcrprune knows: neither safetensors nor PyTorch")
 
 

@@ -15,7 +15,7 @@ from kcrprune.artifact.known import known
 from kcrprune.artifact.loading import load_dense
 from kcrprune.artifact.locate import locate
 from kcrprune.artifact.preprocessing import Flags, preprocessing_of
-from kcrprune.errors import ConfigError
+from kcrprune.errors import ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def open_dense(
     """
     contents = open_container(path)
     located = locate(contents)
+    if located.layout.doubt and not located.trail and arch is None:
+        raise UnsupportedModelError(f"{path}: {located.layout.doubt}")
     tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     classes = next((shapes[name][0] for name in ("head.weight", "head.fc.weight") if name in shapes), 0)

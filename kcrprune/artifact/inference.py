@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from kcrprune.artifact.clues import ASKED, Evidence
 from kcrprune.artifact.known import Kind, Known, bare_name, known, table
 from kcrprune.artifact.measured import Shapes, measure
-from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError
+from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kcrprune.plan import Architecture
 
 # a network of each kind whose arguments are overridden where no known one has the sizes
@@ -48,7 +48,10 @@ class Inferred:
 
 def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
     """The timm name and arguments of a network; CheckpointError with the way out where something cannot be known."""
-    measured = measure(shapes, evidence)
+    try:
+        measured = measure(shapes, evidence)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from error
     base, certain, notes = _base(measured, evidence)
     if not measured.num_heads:
         heads, why = _heads(measured, base, evidence, path)
@@ -79,7 +82,7 @@ def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, 
     for name, source in evidence.names:
         try:
             row = _named(measured, name, source)
-        except KcrPruneError:
+        except ConfigError:
             if source == ASKED:
                 raise
             ignored.append(f"{source} names {name}, which this is not: ignored")

@@ -7,6 +7,7 @@ installed timm (about a minute) and prints it.
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, cast
@@ -88,10 +89,8 @@ def _measured(name: str) -> Known:
     from kcrprune.families import family_of
 
     if not timm.is_model(name):
-        near = ", ".join(row.name for row in table() if row.name.startswith(name[:8]))[:200]
-        hint = (
-            f"; near it: {near}" if near else "; `python -c 'import timm; print(timm.list_models())'` lists the names"
-        )
+        near = ", ".join(get_close_matches(name, [row.name for row in table()], 3))
+        hint = f"; near it: {near}" if near else ""
         raise ConfigError(f"timm has no network called {name!r}{hint}")
     if not timm.models.is_model_in_modules(name, MODULES):
         raise UnsupportedModelError(

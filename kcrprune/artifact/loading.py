@@ -1,6 +1,7 @@
 """Weights into a network, and only if every one of them has its place."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -24,6 +25,8 @@ from kcrprune.surgery.pruned import apply_plan_
 Tensors = dict[str, Tensor]
 LARGEST_CUT: Final = 100  # ours; a network cut to a hundredth is no network
 
+# what timm raises for sizes and names that cannot be
+UNBUILDABLE: Final = (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError)
 # what `inference.difference` writes
 ARGUMENTS: Final = {
     "act_layer", "class_token", "depth", "depths", "embed_dim", "fc_norm", "final_norm", "global_pool",
@@ -39,8 +42,11 @@ def load_dense(architecture: Architecture, tensors: Tensors, path: Path, *, new_
     The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
     `new_head` the file has no classifier and the network gets a fresh one.
     """
-    outline = build_quietly(architecture, device="meta")
-    fitted = fit(tensors, outline)
+    outline = _outline(architecture, path)
+    try:
+        fitted = fit(tensors, outline)
+    except UNBUILDABLE as error:  # timm trusts the names and shapes of what it converts
+        raise CheckpointError(f"{path} has tensors that timm cannot convert: {str(error)[:200]}") from error
     heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
     wanted = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
@@ -58,7 +64,8 @@ def check_outline(
 
     Built on the meta device, so a false statement costs nothing.
     """
-    outline = state(architecture, path)
+    _check_statement(architecture, path)
+    outline = _outline(architecture, path)
     dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     check_memory(dense, outline, path)
     if plan is not None:
@@ -73,21 +80,24 @@ def check_outline(
         raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
 
 
-def state(architecture: Architecture, path: Path) -> nn.Module:
-    """The outline, on the meta device, of a network that a file names; CheckpointError for what timm cannot build."""
+def _check_statement(architecture: Architecture, path: Path) -> None:
+    """CheckpointError for names that would fetch or read something, and for a depth that would take for ever."""
     arguments = architecture.arguments
     if not is_known(architecture.name) or not arguments.keys() <= ARGUMENTS:
         raise CheckpointError(
             f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
         )
-    depths = arguments.get("depths", arguments.get("depth", 1))
-    if not all(
-        type(depth) is int and 0 < depth <= DEEPEST for depth in (depths if isinstance(depths, list) else [depths])
-    ):
-        raise CheckpointError(f"{path} states a depth that cannot be: {str(depths)[:80]}")
+    stated = arguments.get("depths", arguments.get("depth", 1))
+    depths = stated if isinstance(stated, list) else [stated]
+    if len(depths) > DEEPEST or not all(type(depth) is int and 0 < depth <= DEEPEST for depth in depths):
+        raise CheckpointError(f"{path} states a depth that cannot be: {str(stated)[:80]}")
+
+
+def _outline(architecture: Architecture, path: Path) -> nn.Module:
+    """A network on the meta device, where it takes no memory; CheckpointError for what timm cannot build."""
     try:
         return build_quietly(architecture, device="meta")
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+    except UNBUILDABLE as error:
         raise CheckpointError(f"{path} states a network that timm cannot build: {str(error)[:200]}") from error
 
 
@@ -101,9 +111,11 @@ def build_quietly(architecture: Architecture, *, device: str = "cpu") -> nn.Modu
 def fit(tensors: Tensors, model: nn.Module) -> Tensors:
     """The weights under the names and in the sizes that `model` wants, by timm's own conversion; in float32."""
     floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    if isinstance(model, SwinTransformer):
-        return timm.models.swin_transformer.checkpoint_filter_fn(floats, model)
-    return timm.models.vision_transformer.checkpoint_filter_fn(floats, cast(Any, model), adapt_layer_scale=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
+        if isinstance(model, SwinTransformer):
+            return timm.models.swin_transformer.checkpoint_filter_fn(floats, model)
+        return timm.models.vision_transformer.checkpoint_filter_fn(floats, cast(Any, model), adapt_layer_scale=True)
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:

@@ -19,7 +19,10 @@ POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 
 
 def measure(shapes: Shapes, evidence: Evidence) -> Known:
-    """The network of these shapes; `num_heads` is 0 where they do not tell it, the name is empty."""
+    """The network of these shapes; `num_heads` is 0 where they do not tell it, the name is empty.
+
+    CheckpointError or UnsupportedModelError, without the file's name, where they are no network's.
+    """
     if any(re.match(r"layers\.\d+\.blocks\.", name) for name in shapes):
         return _measure_swin(shapes, evidence)
     return _measure_vit(shapes, evidence)
@@ -41,7 +44,7 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
         num_heads=0,
         hidden=_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        img_size=(grid or 0) * patch,
+        img_size=grid * patch,
         num_classes=_classes(shapes),
         in_chans=channels,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
@@ -60,12 +63,14 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
     )
 
 
-def _grid(shapes: Shapes, prefix: int, evidence: Evidence) -> tuple[int | None, bool]:
+def _grid(shapes: Shapes, prefix: int, evidence: Evidence) -> tuple[int, bool]:
     """Patches along one side, and whether the position table leaves the prefix tokens out."""
     if "pos_embed" not in shapes:
         said, _ = evidence.argument("img_size")
-        size = as_size(said)
-        return (size // _patch(shapes)[2] if size else None), False
+        size, patch = as_size(said), _patch(shapes)[2]
+        if size is None or size % patch:
+            raise UnsupportedModelError("it has no position table, so its positions are rotary or relative")
+        return size // patch, False
     positions = _shape(shapes, "pos_embed", 3)[1]
     if "register_tokens" in shapes:  # DINOv2's own file: its table has the class token but not the registers
         prefix = 1
@@ -170,6 +175,11 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _check_alike(shapes: Shapes, blocks: list[str]) -> None:
     """Every block has the linears of the first; otherwise one small file could describe a huge network."""
+    hidden, read = (_shape(shapes, blocks[0] + name, 2) for name in ("mlp.fc1.weight", "mlp.fc2.weight"))
+    if hidden[0] == 2 * read[1]:
+        raise UnsupportedModelError(
+            f"its MLP is gated (SwiGLU): fc1 makes {hidden[0]} channels and fc2 reads {read[1]}"
+        )
     for part in ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"):
         wanted = _shape(shapes, blocks[0] + part, 2)
         for block in blocks:

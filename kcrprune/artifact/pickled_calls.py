@@ -62,16 +62,28 @@ def _encoded(text: str, encoding: str = "") -> bytes:
     return text.encode("latin-1") if encoding in ("latin1", "latin-1") else text.encode("utf-8")
 
 
-# what may be called, and by what it is replaced
+def _bytes(data: Any = b"", *encoding: str) -> bytes:
+    """Bytes or a bytearray, from a text in older pickles."""
+    data = _encoded(data, *encoding) if encoding else data
+    if not isinstance(data, bytes):
+        raise TypeError("bytes are made of what is none")
+    return data
+
+
+_BUILTINS: Final[dict[str, Call]] = {
+    "dict": _ordered,
+    "list": _sequence,
+    "set": _sequence,
+    "frozenset": _sequence,
+    "bytes": _bytes,
+    "bytearray": _bytes,
+}
+# what may be called, and by what it is replaced; Python 2 had another name for builtins
 ADMITTED: Final[dict[str, Call]] = {
+    **{f"builtins.{name}": call for name, call in _BUILTINS.items()},
+    **{f"__builtin__.{name}": call for name, call in _BUILTINS.items()},
     "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *_: {},
-    "builtins.dict": _ordered,
-    "builtins.list": _sequence,
-    "builtins.set": _sequence,
-    "builtins.frozenset": _sequence,
-    "builtins.bytearray": lambda data=b"", *encoding: _encoded(data, *encoding) if encoding else data,
-    "__builtin__.set": _sequence,
     "_codecs.encode": _encoded,
     "torch.Size": _sequence,
 }

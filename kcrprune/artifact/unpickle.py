@@ -38,11 +38,12 @@ def unpickle(
             if count >= MOST_OPCODES:
                 raise CheckpointError(f"{what} has more than {MOST_OPCODES} instructions, so it is not read")
             OPCODES[opcode.name](machine, argument)
+        tree = machine.stack[-1]
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{what} is damaged or no checkpoint: {str(error)[:120]}") from error
     except MemoryError as error:
         raise CheckpointError(f"{what} asks for more memory than there is") from error
-    return Unpickled(machine.stack[-1], tuple(sorted(machine.foreign)))
+    return Unpickled(tree, tuple(sorted(machine.foreign)))
 
 
 class _Machine:

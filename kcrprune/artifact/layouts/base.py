@@ -33,6 +33,7 @@ class Layout:
     `clues` reads the library's configuration (the config.json beside the file, or {}), and states its defaults.
     `outside` are names that this layout keeps outside the prefix, such as a classifier beside a backbone.
     `dropped` are prefixes of tensors that belong to training and not to the network; `remark` is told to people.
+    `doubt` is why the file is refused where nothing but these names speaks for the layout: no wrapper, no --arch.
     """
 
     name: str
@@ -43,3 +44,4 @@ class Layout:
     outside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     remark: str = ""
+    doubt: str = ""

@@ -1,7 +1,9 @@
 """Networks that look like a ViT or a Swin, or are asked for often, and cannot be cut; with the reason."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Final
 
 from kcrprune.artifact.layouts.base import Shapes
@@ -21,6 +23,19 @@ def _part(*parts: str) -> Callable[[Shapes], bool]:
     return lambda shapes: all(any(part in name for name in shapes) for part in parts)
 
 
+def _rotary(shapes: Shapes) -> bool:
+    """Only rotary ViTs of timm and DeiT III call LayerScale gamma_1, and the latter has a table without the class."""
+    found = next((name for name in shapes if name.endswith("blocks.0.gamma_1")), None)
+    if found is None:
+        return False
+    table = shapes.get(found.removesuffix("blocks.0.gamma_1") + "pos_embed", ())
+    return len(table) != 3 or isqrt(table[1]) ** 2 != table[1]
+
+
+def _hierarchical(shapes: Shapes) -> bool:
+    return any(re.search(r"blocks\.\d+\.proj\.weight$", name) for name in shapes)
+
+
 REFUSED: Final = (
     Refused(
         "SwinV2",
@@ -33,25 +48,29 @@ REFUSED: Final = (
         "its attention is a cosine with a learned scale and its norms follow the residual branch",
     ),
     Refused(
-        "BEiT",
-        _part("attn.q_bias", "attn.v_bias"),
-        "its biases of q and v are parameters of their own, and its attention adds relative positions",
-    ),
-    Refused(
         "BEiT of Hugging Face",
         _part("relative_position_bias_table", "lambda_1"),
         "its key has no bias and its attention adds relative positions",
     ),
-    Refused("EVA-02", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU) and its positions are rotary"),
-    Refused("EVA-02", _part("mlp.w1.", "mlp.w2.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
+    Refused("ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)"),
+    Refused("ViT with SwiGLU (EVA-02)", _part("mlp.w1.", "mlp.w2.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
+    Refused(
+        "BEiT or EVA",
+        _part("attn.q_bias", "attn.v_bias"),
+        "its biases of q and v are parameters of their own, and its positions are relative or rotary",
+    ),
     Refused("ViT with SwiGLU", _part("mlp.w12.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
     Refused(
         "DINOv2 of Hugging Face with SwiGLU", _part("mlp.weights_in.", "mlp.weights_out."), "its MLP is gated (SwiGLU)"
     ),
+    Refused("ViT with rotary positions", _rotary, "its positions are rotary"),
     Refused("DINOv3", _part("rope_embed.", "storage_tokens"), "its positions are rotary"),
     Refused(
         "ViT with parallel branches", _part("blocks.0.attns.0.", "blocks.0.ffns.0."), "its block has parallel branches"
     ),
+    Refused("ViT with relative positions", _part("rel_pos"), "its attention adds relative positions"),
+    Refused("NaFlexViT", _part("embeds.pos_embed"), "its images have any size and any number of tokens"),
+    Refused("Hiera", _hierarchical, "its width grows from block to block"),
     Refused("hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network"),
     Refused("CaiT", _part("blocks_token_only.0."), "its last blocks attend from the class token alone"),
     Refused("XCiT", _part("blocks.0.local_mp."), "its attention runs over channels"),

@@ -43,7 +43,12 @@ def _open_clip(tensors: Tensors) -> Tensors:
 OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin)
 SWIN = Layout("timm Swin", PATCH, _is_swin)
 DISTILLED = Layout("distilled DeiT", PATCH, _is_distilled)
-DEIT3 = Layout("official DeiT III", PATCH, _is_deit3)
+DEIT3 = Layout(
+    "official DeiT III",
+    PATCH,
+    _is_deit3,
+    doubt="DeiT III and rotary ViTs, which cannot be cut, have the same tensors; --arch deit3_... says it is the first",
+)
 OPEN_CLIP = Layout(
     "OpenCLIP around timm", PATCH, _is_open_clip, _open_clip, outside=("head.proj.weight", "head.proj.bias")
 )
