@@ -55,7 +55,8 @@ class PlainProgress:
 
     def _step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if step != self._steps and now - self._last_line < self._seconds_between:
+        is_news = bool(values) and step == self._steps
+        if not is_news and now - self._last_line < self._seconds_between:
             return
         self._last_line = now
         of = "" if self._steps is None else f" of {self._steps}"
