@@ -54,7 +54,8 @@ class Images:
 def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: int) -> Images:
     """The images that a configuration names; DataError, in one sentence, for whatever is wrong with them.
 
-    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes.
+    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes;
+    a run that is told to ignore them still measures itself by them where they fit.
     """
     if config.data is None and not config.dataset:
         return _generated_images(config, preprocessing)
@@ -64,14 +65,15 @@ def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: in
         training.check_classes(num_classes)
     augmented, plain = training_transform(preprocessing, config.hflip), evaluation_transform(preprocessing)
     train, calibrate = Pictures(training, augmented, labelled=labelled), Pictures(training, plain, labelled=labelled)
+    measured = evaluation or training
+    held_out: Dataset = Pictures(measured, plain, labelled=measured.fits(num_classes))
+    told = f"{_length(held_out):,} to evaluate on"
     if evaluation is None:
         share = 1 - HELD_OUT if len(training) > 1 else 1.0
         train, _ = split(train, share, config.seed)
-        calibrate, held_out = split(calibrate, share, config.seed)
+        calibrate, _ = split(calibrate, share, config.seed)
+        _, held_out = split(held_out, share, config.seed)
         told = f"{_length(held_out):,} of the training set held out to evaluate on"
-    else:
-        held_out = Pictures(evaluation, plain, labelled=labelled)
-        told = f"{_length(held_out):,} to evaluate on"
     return Images(
         train=train,
         calibrate=calibrate,

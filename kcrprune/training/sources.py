@@ -58,13 +58,17 @@ class Source:
             if not isinstance(item, Image.Image):
                 self._decoded(item, index, pixels=False)
 
-    def check_classes(self, count: int) -> None:
-        """DataError unless the labels are those of a network with `count` classes."""
+    def fits(self, count: int) -> bool:
+        """True where the labels are those of a network with `count` classes."""
         indices = self.class_indices or {}
-        if len(indices) != count or max(indices.values(), default=0) >= count:
+        return len(indices) == count > max(indices.values(), default=0)
+
+    def check_classes(self, count: int) -> None:
+        """DataError unless the labels fit a network with `count` classes."""
+        if not self.fits(count):
             raise DataError(
-                f"{self.place} has {len(indices)} classes and the network {count}; name the data that the network was "
-                "made for, map its classes with --class-map, or ignore the labels with --no-labels"
+                f"{self.place} has {len(self.class_indices or {})} classes and the network {count}; name the data that "
+                "the network was made for, map its classes with --class-map, or ignore the labels with --no-labels"
             )
 
     def _decoded(self, file: Any, index: int, *, pixels: bool = True) -> Image.Image:

@@ -128,6 +128,15 @@ def test_labels_may_be_ignored(tmp_path, options, classes):
     assert {label for _, label in everything(images.calibrate)} == {-1}
 
 
+@pytest.mark.parametrize(("classes", "known"), [(2, True), (3, False)])
+def test_ignored_labels_still_measure_a_run_where_they_fit(tmp_path, classes, known):
+    write_images(tmp_path / "train", {"cat": 5, "dog": 5})
+    write_images(tmp_path / "val", {"cat": 1, "dog": 1})
+    for folder in (tmp_path, tmp_path / "train"):  # with an evaluation set, and with a part held out
+        labels = [label for _, label in everything(opened(folder, classes, labels=False).evaluate)]
+        assert all((label >= 0) is known for label in labels)
+
+
 def test_a_class_missing_in_the_evaluation_set_shifts_no_label(tmp_path):
     write_images(tmp_path / "train", {"ant": 1, "bee": 1, "cat": 1})
     write_images(tmp_path / "val", {"ant": 1, "cat": 2})
