@@ -10,7 +10,6 @@ from torch import nn
 from kcrprune.families import BlockSite, build, sites
 from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Kept
 
-
 torch.set_num_threads(1)  # for tiny networks; where the cores are shared, waiting threads make it ten times slower
 
 
