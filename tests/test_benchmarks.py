@@ -72,7 +72,7 @@ def test_another_file_than_the_published_one_is_refused(tmp_path):
     assert not (tmp_path / "cifar10").exists()
 
 
-@pytest.mark.parametrize("name", ["deit"])
+@pytest.mark.parametrize("name", ["deit", "swin"])
 def test_committed_weights_are_a_network_that_inspect_knows(name):
     from kcrprune.artifact.checkpoint import open_model
 
