@@ -47,7 +47,7 @@ def meta_macs(model: nn.Module) -> int:
     """MACs of one image at the network's own size, by torch's counter; one MAC is two of its FLOPs."""
     size = timm.data.resolve_model_data_config(model)["input_size"]
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), math, FlopCounterMode(display=False) as counter:
+    with math, FlopCounterMode(display=False) as counter:  # its module tracker wants gradients
         model(torch.zeros(1, *size, device="meta"))
     return counter.get_total_flops() // 2
 
