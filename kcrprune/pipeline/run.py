@@ -16,7 +16,7 @@ from kcrprune.artifact.formats import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
-from kcrprune.measure.macs import count_macs
+from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
 from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
 from kcrprune.method.gates import Gates
@@ -66,6 +66,8 @@ class Run:
         )
         if self.images.generated:
             self._say("no data was given: images are generated, and the task is to agree with the dense network", True)
+        if file_bytes(self.opened.path) < 3 * count_parameters(self.dense):
+            self._say("the checkpoint stores half precision and the run float32: compare parameters, not file sizes")
         self.parts = divide(self.images, config)
 
     def _say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (private, read at the call)
