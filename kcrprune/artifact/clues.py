@@ -9,6 +9,7 @@ from pydantic import JsonValue
 # timm's arguments that shapes cannot tell; everything else is measured, so a file's word for it is not needed
 BELIEVED: Final = frozenset({"num_heads", "global_pool", "img_size", "window_size", "act_layer"})
 
+LARGEST_SIZE: Final = 2048  # ours; a file's word for an image's side is not taken beyond
 ASKED: Final = "as asked"  # the source of what the user said
 
 
@@ -71,10 +72,10 @@ def believed(arguments: Any) -> dict[str, JsonValue]:
 
 
 def as_size(value: Any) -> int | None:
-    """A positive integer below 2**16 as itself, a pair of equal ones as one of them; None for anything else."""
+    """A number from 1 to LARGEST_SIZE as itself, a pair of equal ones as one of them; None for anything else."""
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    return value if type(value) is int and 0 < value < 2**16 else None
+    return value if type(value) is int and 0 < value <= LARGEST_SIZE else None
 
 
 def as_text(value: Any) -> str | None:

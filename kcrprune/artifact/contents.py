@@ -1,6 +1,7 @@
 """What was found in a file, before any weight is read: named tensors by shape, and what the file says about them."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -53,23 +54,23 @@ class Contents:
 
 
 def read_all(refs: Mapping[str, TensorRef], limit: int, path: Path) -> dict[str, Tensor]:
-    """The tensors themselves; refused before any is read where together they are larger than `limit` bytes."""
+    """The tensors themselves.
+
+    Refused before any is read where together they are larger than `limit`, the bytes on disk, or than this machine.
+    """
     total = sum(ref.nbytes for ref in refs.values())
     if total > limit:
         raise CheckpointError(
             f"{path} is {limit} bytes long but its tensors would take {total}; no honest checkpoint grows when read"
         )
+    check_memory(2 * total, path)  # as they are, and in single precision
     return {name: ref.read() for name, ref in refs.items()}
 
 
-def leaves(tree: Any) -> Iterator[TensorRef]:
-    """Every tensor of a tree of plain data; shared parts are visited once."""
-    seen: set[int] = set()
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, TensorRef):
-            yield node
-        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
-            seen.add(id(node))
-            waiting.extend(node.values() if isinstance(node, dict) else node)
+def check_memory(needed: int, path: Path) -> None:
+    """CheckpointError where `needed` bytes are more than this machine has."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    if needed > available:
+        raise CheckpointError(
+            f"{path} needs {needed / 2**30:.1f} GB of memory, this machine has {available / 2**30:.1f}"
+        )

@@ -28,7 +28,7 @@ TRAITS: Final = (
     "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "class_token", "reg_tokens", "no_embed_class",
     "layer_scale", "pre_norm", "final_norm", "fc_norm", "pos_embed", "global_pool", "window_size",
 )  # fmt: skip
-ACTIVATIONS: Final[dict[Any, str]] = {
+ACTIVATIONS: Final[dict[str, str]] = {
     "gelu": "GELU",
     "quick_gelu": "QuickGELU",
     "gelu_tanh": "GELUTanh",
@@ -65,13 +65,13 @@ def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
     eps, eps_source = evidence.norm_eps
     if eps is not None and eps != base.norm_eps:
         notes = (*notes, f"layer norms use epsilon {eps:g}: {eps_source}")
-    else:
-        eps = None
+    elif eps is None and not certain:
+        notes = (*notes, f"layer norms use epsilon {base.norm_eps:g}: assumed, the file does not tell")
     architecture = Architecture(
         family="swin" if measured.kind == "swin" else "vit",
         name=base.name,
         arguments=difference(network, base),
-        norm_eps=eps,
+        norm_eps=None if eps == base.norm_eps else eps,
     )
     return Inferred(architecture, network, certain, (*notes, *act_note))
 
@@ -92,32 +92,26 @@ def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, 
     ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, evidence))
     if not ranked:
         row = known(PLAIN[measured.kind])
-        return (
-            row,
-            False,
-            (*ignored, f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"),
-        )
+        note = f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"
+        return row, False, (*ignored, note)
     best = ranked[0]
-    return (
-        best,
-        True,
-        (*ignored, f"architecture {best.name}: its sizes and parts are those of the file", *_twins(ranked)),
-    )
+    other = ", ".join(trait for trait in TRAITS if getattr(best, trait) != getattr(measured, trait))
+    parts = f"sizes are the file's, which has other parts ({other})" if other else "sizes and parts are the file's"
+    return best, True, (*ignored, f"architecture {best.name}: its {parts}", *_twins(ranked))
 
 
 def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
     """What cannot be told from the networks that fit as well as the first, which is taken."""
+
+    def shapes(row: Known) -> Known:
+        return replace(row, name="", act="", num_classes=0)
+
     best = ranked[0]
-    alike = [
-        row
-        for row in ranked[1:]
-        if replace(row, name="", act="", img_size=0) == replace(best, name="", act="", img_size=0)
-    ]
-    same_size = [row for row in alike if row.img_size == best.img_size]
+    twins = [row for row in ranked[1:] if shapes(row) == shapes(best)]
     notes = []
-    if plain := [row.name for row in same_size if row.act == best.act]:
-        notes.append(f"{', '.join(plain)} has the same shapes, perhaps another preprocessing; --arch chooses")
-    if other := [f"{row.act} in {row.name}" for row in same_size if row.act != best.act]:
+    if same := [row.name for row in twins if row.act == best.act]:
+        notes.append(f"same shapes, perhaps another preprocessing: {', '.join(same)}; --arch chooses")
+    if other := [f"{row.act} in {row.name}" for row in twins if row.act != best.act]:
         notes.append(f"activation {best.act}: not in the file ({', '.join(other)}); --arch chooses")
     return tuple(notes)
 
@@ -143,14 +137,15 @@ def _same_size(measured: Known) -> list[Known]:
 def _distance(row: Known, measured: Known, evidence: Evidence) -> tuple[int, ...]:
     """Orders the networks of one size: different parts first, then patch, image and classes, last the look."""
     parts = sum(getattr(row, trait) != getattr(measured, trait) for trait in TRAITS)
-    plain = row.act not in ("GELU",)
-    numbers = [
+    alike = next((index for index, start in enumerate(evidence.resembles) if row.name.startswith(start)), 9)
+    return (
+        parts,
+        row.act != "GELU",  # the plain one where the file cannot tell
         abs(row.patch_size - measured.patch_size),
         abs(row.img_size - measured.img_size),
         row.num_classes != measured.num_classes,
-    ]
-    alike = next((index for index, start in enumerate(evidence.resembles) if row.name.startswith(start)), 9)
-    return (parts, plain, *numbers, alike)
+        alike,
+    )
 
 
 def _heads(measured: Known, base: Known, evidence: Evidence, path: Path) -> tuple[int, str]:
@@ -207,7 +202,7 @@ def _activation(measured: Known, base: Known, evidence: Evidence) -> tuple[str, 
     said, source = evidence.argument("act_layer")
     if said is None:
         return base.act, ()
-    if said not in ACTIVATIONS:
+    if not isinstance(said, str) or said not in ACTIVATIONS:
         raise CheckpointError(
             f"the activation {said!r} ({source}) is not one that kcrprune knows: {', '.join(ACTIVATIONS)}"
         )

@@ -1,6 +1,5 @@
 """Weights into a network, and only if every one of them has its place."""
 
-import os
 import warnings
 from collections.abc import Mapping
 from math import prod
@@ -14,7 +13,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from kcrprune.artifact.contents import Shape
+from kcrprune.artifact.contents import Shape, check_memory
 from kcrprune.artifact.known import is_known
 from kcrprune.artifact.measured import DEEPEST
 from kcrprune.errors import CheckpointError
@@ -51,7 +50,7 @@ def load_dense(architecture: Architecture, tensors: Tensors, path: Path, *, new_
     wanted = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
     check_fit(expected, {name: tuple(value.shape) for name, value in fitted.items()}, path)
-    check_memory(wanted, outline, path)
+    check_memory(_bytes(outline), path)
     model = build_quietly(architecture)
     model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
     return model.float().eval()
@@ -67,7 +66,7 @@ def check_outline(
     _check_statement(architecture, path)
     outline = _outline(architecture, path)
     dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
-    check_memory(dense, outline, path)
+    check_memory(_bytes(outline), path)
     if plan is not None:
         apply_plan_(outline, plan)
     cut = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
@@ -135,16 +134,13 @@ def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Pat
         )
 
 
-def check_memory(wanted: Mapping[str, Shape], outline: nn.Module, path: Path) -> None:
-    """CheckpointError where the network would not fit into this machine's memory twice."""
-    weights = _count(wanted)
-    buffers = sum(buffer.numel() for buffer in outline.buffers())  # a Swin's attention masks grow with the image
-    needed = 2 * 4 * (weights + buffers)
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
-    if needed > available:
-        raise CheckpointError(
-            f"{path} needs {needed / 2**30:.1f} GB of memory, this machine has {available / 2**30:.1f}"
-        )
+def _bytes(outline: nn.Module) -> int:
+    """What a network takes in memory twice, as it is built and as it is read.
+
+    Buffers count: a Swin's attention masks grow with the image.
+    """
+    buffers = sum(buffer.numel() for buffer in outline.buffers())
+    return 2 * 4 * (_count({name: tuple(value.shape) for name, value in outline.state_dict().items()}) + buffers)
 
 
 def _count(shapes: Mapping[str, Shape]) -> int:

@@ -38,9 +38,12 @@ def honest(folder: Path) -> list[Sample]:
     torch.manual_seed(0)
     model = timm.create_model(ARCHITECTURE.name, **SIZES).eval()
     swin = ways.timm_swin(img_size=16, embed_dim=8, window_size=2)().eval()
-    said = {"timm": json.dumps({"architecture": ARCHITECTURE.name, "arguments": {"num_heads": 2}})}
+    arguments = {"num_heads": 2, "act_layer": "gelu", "global_pool": "token", "img_size": 16}
+    pretrained = {"mean": [0.5, 0.5, 0.5], "crop_pct": 0.9, "input_size": [3, 16, 16]}
+    statement = {"architecture": ARCHITECTURE.name, "model_args": arguments, "pretrained_cfg": pretrained}
+    said = {"timm": json.dumps(statement)}
     safetensors = save(dict(model.state_dict()), said)
-    config = json.dumps({"architecture": ARCHITECTURE.name, "num_heads": 2, "num_classes": 3}).encode()
+    config = json.dumps(statement | {"label_names": ["a", "b", "c"]}).encode()
     index = {"weight_map": dict.fromkeys(model.state_dict(), "part.safetensors")}
     training = {"state_dict": model.state_dict(), "args": Options(), "epoch": 3}
     return [

@@ -226,6 +226,39 @@ def test_a_network_that_is_not_whole_is_refused(tmp_path, change, sentence):
     assert "vit.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        (
+            "deit_small_patch16_224",
+            "same shapes, perhaps another preprocessing: deit_small_patch16_224; --arch chooses",
+        ),
+        (
+            "vit_base_patch32_clip_224",
+            "activation GELU: not in the file (QuickGELU in vit_base_patch32_clip_quickgelu_224)",
+        ),
+    ],
+)
+def test_what_shapes_cannot_tell_apart_is_said(name, note, tmp_path):
+    notes = infer(meta_shapes(name), Evidence(), tmp_path / "file.pth").notes
+    assert any(told.startswith(note) for told in notes), notes
+
+
+def test_the_files_name_decides_between_networks_of_the_same_shapes(tmp_path):
+    evidence = Evidence((Clues(resembles="deit_small_patch16_224"),))
+    for shapes in map(meta_shapes, ("deit_small_patch16_224", "vit_small_patch16_224")):
+        assert infer(shapes, evidence, tmp_path / "x.pth").architecture.name == "deit_small_patch16_224"
+
+
+@pytest.mark.parametrize("act", ["relu", ["gelu"], 7])
+def test_an_unknown_activation_is_refused(tmp_path, act):
+    path = tmp_path / "vit.safetensors"
+    said = {"architecture": "vit_tiny_patch16_224", "arguments": {"num_heads": 2, "act_layer": act}}
+    save_file(state(), path, {"timm": json.dumps(said)})
+    with pytest.raises(CheckpointError, match=r"the activation .* is not one that kcrprune knows: gelu, quick_gelu"):
+        open_model(path)
+
+
 def test_trust_goes_to_the_first_clue():
     evidence = Evidence((Clues("a", arguments={"num_heads": 1}), Clues("b", arguments={"num_heads": 2}, norm_eps=0.1)))
     assert evidence.argument("num_heads") == (1, "a")

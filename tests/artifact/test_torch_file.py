@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kcrprune.artifact.container import open_container
-from kcrprune.artifact.contents import leaves, read_all
+from kcrprune.artifact.contents import check_memory, read_all
 from kcrprune.artifact.modules import state_dict
 from kcrprune.errors import CheckpointError
 
@@ -119,7 +119,6 @@ def test_many_tensors_over_one_number_are_refused_before_memory_is_taken(tmp_pat
         read_all(contents.tree, contents.nbytes, path)
 
 
-def test_leaves_visits_shared_parts_once(tmp_path):
-    part = {"w": torch.zeros(2)}
-    torch.save({"a": part, "b": part, "c": [torch.ones(1), (torch.ones(1),)]}, tmp_path / "file.pth")
-    assert len(list(leaves(open_container(tmp_path / "file.pth").tree))) == 3
+def test_more_than_the_machine_has_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"file\.pth needs 1048576\.0 GB of memory, this machine has"):
+        check_memory(2**50, tmp_path / "file.pth")
