@@ -11,7 +11,7 @@ from torch import nn
 from kcrprune.families import BlockSite, build, sites
 from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Kept
 
-# One thread: for tiny networks a second one brings nothing, and where the cores are shared it makes them ten times slower.
+# One thread: a second brings tiny networks nothing, and where the cores are shared it makes them ten times slower.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
