@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,7 +46,7 @@ def networks(pattern: str) -> Iterator[tuple[str, nn.Module]]:
 
 def meta_macs(model: nn.Module) -> int:
     """MACs of one image at the network's own size, by torch's counter; one MAC is two of its FLOPs."""
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = resolve_model_data_config(model)["input_size"]
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math, FlopCounterMode(display=False) as counter:  # its module tracker wants gradients
         model(torch.zeros(1, *size, device="meta"))
