@@ -1,32 +1,25 @@
 """Any dense network from a file or folder: recognised, brought to timm's names, checked."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from kcrprune.artifact.clues import ASKED, Clues, Evidence
 from kcrprune.artifact.container import open_container
 from kcrprune.artifact.contents import read_all
 from kcrprune.artifact.evidence import stated
-from kcrprune.artifact.inference import difference, infer
+from kcrprune.artifact.inference import Inferred, difference, infer
 from kcrprune.artifact.known import known
 from kcrprune.artifact.loading import load_dense
 from kcrprune.artifact.locate import locate
 from kcrprune.artifact.preprocessing import Flags, preprocessing_of
 from kcrprune.errors import ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-    from typing import Any
-
-    from torch import nn
-
-    from kcrprune.artifact.inference import Inferred
-    from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
+from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ def open_dense(
     CheckpointError for a file that is damaged, unknown or not clear; UnsupportedModelError for a network that cannot
     be cut; ConfigError for a keyword that contradicts the file.
     """
+    path = Path(path)
     contents = open_container(path)
     located = locate(contents)
     if located.layout.doubt and not located.trail and arch is None:

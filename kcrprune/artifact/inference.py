@@ -220,11 +220,13 @@ def difference(network: Known, base: Known) -> dict[str, JsonValue]:
         flags = ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "class_token", "reg_tokens", "no_embed_class",
                  "pre_norm", "final_norm")  # fmt: skip
         arguments = _changed(network, base, (*plain, "depth", "num_heads", *flags)) | _vit_parts(network, base)
-    ratio = network.hidden / network.embed_dim
-    if ratio != base.hidden / base.embed_dim:
-        exact = int(network.embed_dim * ratio) == network.hidden
-        arguments["mlp_ratio"] = ratio if exact else (network.hidden + 0.5) / network.embed_dim
-    return arguments
+    ratio = mlp_ratio(network.hidden, network.embed_dim)
+    return arguments if ratio == mlp_ratio(base.hidden, base.embed_dim) else arguments | {"mlp_ratio": ratio}
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio from which timm computes exactly `hidden` units, as int(width * ratio)."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _vit_parts(network: Known, base: Known) -> dict[str, JsonValue]:

@@ -6,7 +6,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final, cast
 
-import timm.models.deit
 import timm.models.swin_transformer
 import timm.models.vision_transformer
 import torch

@@ -1,0 +1,121 @@
+"""What leaves for people without kcrprune computes the same there."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.portable import save_for_timm, save_program, timm_arguments
+from kcrprune.errors import ExportError, OutputExistsError
+from kcrprune.plan import ChannelPlan, Kept, Preprocessing
+from kcrprune.surgery.pruned import apply_plan_, full_plan
+from tests.conftest import TINY, Tiny, random_plan
+
+PREPROCESSING = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.875)
+BY_LABEL = {tiny.label: tiny for tiny in TINY}
+
+
+def uniform_plan(model: nn.Module, tiny: Tiny, share: float = 0.4) -> ChannelPlan:
+    """A plan that cuts the same share of hidden units in every block."""
+    plan = full_plan(model, tiny.architecture.name)
+    blocks = []
+    for block in plan.blocks:
+        width = block.mlp_hidden.width
+        kept = Kept(width=width, indices=tuple(range(1, 1 + int(share * width))))
+        blocks.append(block.model_copy(update={"mlp_hidden": kept}))
+    return plan.model_copy(update={"blocks": tuple(blocks)})
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it exports
+@pytest.mark.parametrize("label", ["deit_distilled", "swin_padded"])
+def test_a_program_runs_with_torch_alone(label, tmp_path):
+    tiny = BY_LABEL[label]
+    model = tiny.model()
+    apply_plan_(model, random_plan(model, tiny.architecture.name, 1))
+    save_program(tmp_path / "model.pt2", model, input_size=tiny.input_size)
+    torch.save(tiny.images(5), tmp_path / "images.pt")
+    program = (
+        "import sys, torch; program = torch.export.load(sys.argv[1]).module(); images = torch.load(sys.argv[2]); "
+        "torch.save(program(images), sys.argv[3]); assert not {'timm', 'kcrprune'} & sys.modules.keys()"
+    )
+    files = [str(tmp_path / name) for name in ("model.pt2", "images.pt", "output.pt")]
+    subprocess.run([sys.executable, "-c", program, *files], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), model(tiny.images(5)), rtol=1e-5, atol=1e-5)
+    assert b"site-packages" not in (tmp_path / "model.pt2").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_that_differs_is_not_kept(tiny_vit, tmp_path, monkeypatch):
+    export = torch.export.export
+
+    def wrong(model, *arguments, **options):
+        return export(nn.Sequential(model, nn.Softmax(-1)), *arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", wrong)
+    with pytest.raises(ExportError, match="differs from the model"):
+        save_program(tmp_path / "model.pt2", tiny_vit.model(), input_size=tiny_vit.input_size)
+    assert not list(tmp_path.iterdir())
+
+
+def save(folder, tiny: Tiny, plan: ChannelPlan, model: nn.Module) -> None:
+    save_for_timm(
+        folder,
+        model,
+        architecture=tiny.architecture,
+        plan=plan,
+        preprocessing=PREPROCESSING,
+        class_names=tuple("abcde"),
+    )
+
+
+@torch.no_grad()
+def test_timm_opens_a_network_with_thinner_mlps(tiny, tmp_path):
+    model = tiny.model()
+    plan = uniform_plan(model, tiny)
+    apply_plan_(model, plan)
+    save(tmp_path / "folder", tiny, plan, model)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(opened(tiny.images()), model(tiny.images()))
+    assert tuple(cast(Any, opened).pretrained_cfg["mean"]) == PREPROCESSING.mean
+    ours = open_model(tmp_path / "folder")
+    assert torch.equal(ours.model(tiny.images()), model(tiny.images()))
+    assert (ours.class_names, ours.preprocessing.mean) == (tuple("abcde"), PREPROCESSING.mean)
+
+
+def test_a_swin_may_have_another_width_in_each_stage(tmp_path):
+    tiny = BY_LABEL["swin"]
+    model = tiny.model()
+    plan = uniform_plan(model, tiny)
+    last = plan.blocks[-1].model_copy(update={"mlp_hidden": Kept(width=192, indices=tuple(range(7)))})
+    plan = plan.model_copy(update={"blocks": (*plan.blocks[:-1], last)})
+    apply_plan_(model, plan)
+    save(tmp_path / "folder", tiny, plan, model)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(opened(tiny.images()), model(tiny.images()))
+
+
+def test_what_timm_cannot_say_is_refused(tiny_vit, tmp_path):
+    model = tiny_vit.model()
+    plan = random_plan(model, tiny_vit.architecture.name, 1)
+    with pytest.raises(ExportError, match="a cut of mlp_hidden alone"):
+        save(tmp_path / "folder", tiny_vit, plan, model)
+    uneven = uniform_plan(model, tiny_vit)
+    whole = uneven.blocks[0].model_copy(update={"mlp_hidden": Kept.all_of(96)})
+    with pytest.raises(ExportError, match=r"the plan has \[38, 96\]"):
+        timm_arguments(tiny_vit.architecture, uneven.model_copy(update={"blocks": (whole, *uneven.blocks[1:])}))
+    other = replace(tiny_vit, architecture=tiny_vit.architecture.model_copy(update={"norm_eps": 1e-12}))
+    with pytest.raises(ExportError, match="epsilon 1e-12"):
+        save(tmp_path / "folder", other, uneven, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_taken_folder_stays(tiny_vit, tmp_path):
+    model = tiny_vit.model()
+    with pytest.raises(OutputExistsError):
+        save(tmp_path, tiny_vit, uniform_plan(model, tiny_vit), model)
