@@ -1,0 +1,48 @@
+"""The round trip law, over every family: saved and loaded in one fresh process, equal outputs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from kcrprune.artifact.checkpoint import save_model
+from kcrprune.plan import Preprocessing
+from kcrprune.surgery.pruned import apply_plan_
+from tests.conftest import TINY, random_plan
+
+READ = """
+import sys, pathlib, torch, kcrprune
+torch.set_num_threads(1)
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    images, expected = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        assert torch.equal(kcrprune.load(folder / "model.safetensors")(images), expected), folder.name
+assert not any(name.startswith(("kcrprune.training", "kcrprune.pipeline")) for name in sys.modules)
+print(len(list(pathlib.Path(sys.argv[1]).iterdir())))
+"""
+
+
+@torch.no_grad()
+def test_a_fresh_process_without_training_code_computes_the_same(tmp_path: Path):
+    for tiny in TINY:
+        for seed in (1, 2):
+            folder = tmp_path / f"{tiny.label}-{seed}"
+            folder.mkdir()
+            model = tiny.model(seed)
+            plan = random_plan(model, tiny.architecture.name, seed)
+            pruned = apply_plan_(model, plan).eval()
+            save_model(
+                folder / "model.safetensors",
+                pruned,
+                architecture=tiny.architecture,
+                plan=plan,
+                preprocessing=Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3),
+                class_names=None,
+                record={},
+            )
+            torch.save((tiny.images(), pruned(tiny.images())), folder / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ, str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) == 2 * len(TINY)
