@@ -79,15 +79,15 @@ def as_size(value: Any) -> int | None:
 
 
 def as_text(value: Any) -> str | None:
-    """A short text as itself, None for anything else."""
-    return value if isinstance(value, str) and 0 < len(value) <= 200 else None
+    """A short text without terminal codes as itself, None for anything else."""
+    return value if isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() else None
 
 
 def as_names(value: Any, count: int) -> tuple[str, ...] | None:
     """`count` class names in order, from a list or from a table by index (Hugging Face's id2label)."""
     if isinstance(value, Mapping):
         value = [value.get(str(index), value.get(index)) for index in range(min(count, len(value)))]
-    if not isinstance(value, list | tuple) or len(value) != count or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list | tuple) or len(value) != count or not all(map(as_text, value)):
         return None
     unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(value))  # transformers' placeholder
     return None if unnamed else tuple(value)

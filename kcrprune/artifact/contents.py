@@ -1,7 +1,7 @@
 """What was found in a file, before any weight is read: named tensors by shape, and what the file says about them."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -45,7 +45,6 @@ class Contents:
     config: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     foreign_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -74,3 +73,9 @@ def check_memory(needed: int, path: Path) -> None:
         raise CheckpointError(
             f"{path} needs {needed / 2**30:.1f} GB of memory, this machine has {available / 2**30:.1f}"
         )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of a file's names for people; a name of a stranger may hold anything, also terminal codes."""
+    shown = [name[:60] if name.isprintable() else repr(name[:60]) for name in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")

@@ -69,7 +69,7 @@ def open_dense(
     inferred = infer(shapes, evidence, path)
     sized, size_notes = with_size(inferred, img_size)
     final, head_notes = with_head(sized, num_classes, path)
-    model = load_dense(final.architecture, tensors, path, new_head=bool(num_classes) and classes == 0)
+    model, left_out = load_dense(final.architecture, tensors, path, new_head=bool(num_classes) and classes == 0)
     family = family_of(model).name
     return Opened(
         model=model,
@@ -78,7 +78,7 @@ def open_dense(
         plan=None,
         class_names=evidence.class_names,
         layout=f"{located.layout.name}, {contents.container}",
-        notes=(*contents.notes, *located.notes, *inferred.notes, *size_notes, *head_notes),
+        notes=(*located.notes(left_out), *inferred.notes, *size_notes, *head_notes),
         path=path,
         digest=digest(contents.files),
         foreign_names=contents.foreign_names,

@@ -12,7 +12,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from kcrprune.artifact.contents import Shape, check_memory
+from kcrprune.artifact.contents import Shape, check_memory, some
 from kcrprune.artifact.known import is_known
 from kcrprune.artifact.measured import DEEPEST
 from kcrprune.errors import CheckpointError
@@ -34,8 +34,12 @@ ARGUMENTS: Final = {
 }  # fmt: skip
 
 
-def load_dense(architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False) -> nn.Module:
-    """The network of an architecture with these weights, which timm's conversion may rename or resize.
+def load_dense(
+    architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network of an architecture with these weights, and the names of those that it has no place for.
+
+    timm's conversion may rename and resize them.
 
     The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
     `new_head` the file has no classifier and the network gets a fresh one.
@@ -52,7 +56,7 @@ def load_dense(architecture: Architecture, tensors: Tensors, path: Path, *, new_
     check_memory(_bytes(outline), path)
     model = build_quietly(architecture)
     model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
-    return model.float().eval()
+    return model.float().eval(), tuple(sorted(fitted.keys() - wanted.keys()))
 
 
 def check_outline(
@@ -72,7 +76,7 @@ def check_outline(
     check_fit(cut, shapes, path)
     if shapes.keys() != cut.keys():
         raise CheckpointError(
-            f"{path} holds tensors that its network has no place for: {_some(sorted(shapes.keys() - cut))}"
+            f"{path} holds tensors that its network has no place for: {some(sorted(shapes.keys() - cut))}"
         )
     if _count(dense) > LARGEST_CUT * max(_count(cut), 10**5):
         raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
@@ -120,7 +124,7 @@ def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Pat
     """CheckpointError where a tensor is missing, has another shape, or has no place in the network's modules."""
     missing = sorted(wanted.keys() - given.keys())
     if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its network: {_some(missing)}")
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its network: {some(missing)}")
     for name in sorted(wanted):
         if given[name] != wanted[name]:
             raise CheckpointError(f"{path}: {name} has the shape {given[name]}, its network wants {wanted[name]}")
@@ -128,7 +132,7 @@ def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Pat
     strange = sorted(name for name in given.keys() - wanted.keys() if name.split(".")[0] in modules)
     if strange:
         raise CheckpointError(
-            f"{path} holds {len(strange)} tensors that timm's network has no place for ({_some(strange)}), "
+            f"{path} holds {len(strange)} tensors that timm's network has no place for ({some(strange)}), "
             "so it is another network than it seems"
         )
 
@@ -144,7 +148,3 @@ def _bytes(outline: nn.Module) -> int:
 
 def _count(shapes: Mapping[str, Shape]) -> int:
     return sum(prod(shape) for shape in shapes.values())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

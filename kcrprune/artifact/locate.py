@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from kcrprune.artifact.contents import Contents, TensorRef
+from kcrprune.artifact.contents import Contents, TensorRef, some
 from kcrprune.artifact.layouts import LAYOUTS
 from kcrprune.artifact.layouts.base import Layout
 from kcrprune.artifact.layouts.refused import REFUSED
@@ -36,7 +36,8 @@ WRAPPERS: Final[dict[str, str]] = {
 }
 PREFERRED: Final = ("teacher", "ema", "base_encoder")  # words in a prefix, where a file holds several networks
 DEEPEST: Final = 4  # ours; wrappers inside wrappers
-MOST_CANDIDATES: Final = 8  # ours
+MOST_TABLES: Final = 8  # ours
+MOST_TENSORS: Final = 20_000  # ours; the largest ViT of timm has 700
 FEWEST: Final = 8  # ours; a table with fewer tensors is no network (an optimizer has many such)
 
 
@@ -50,15 +51,13 @@ class Located:
     prefix: str
     left_out: tuple[str, ...]
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Where the weights were found, for people."""
+    def notes(self, unplaced: tuple[str, ...]) -> tuple[str, ...]:
+        """Where the weights were found, for people; `unplaced` are those that were read and not needed."""
         notes = [f"weights: {'.'.join(self.trail)}, the {WRAPPERS.get(self.trail[-1], 'entry')}"] if self.trail else []
         if self.prefix:
             notes.append(f"prefix {self.prefix!r} removed")
-        if self.left_out:
-            some = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-            notes.append(f"{len(self.left_out)} tensors that are not the network's left out: {some}")
+        if left_out := (*self.left_out, *unplaced):
+            notes.append(f"{len(left_out)} tensors that are not the network's left out: {some(left_out)}")
         if self.layout.remark:
             notes.append(self.layout.remark)
         return tuple(notes)
@@ -66,45 +65,55 @@ class Located:
 
 def locate(contents: Contents) -> Located:
     """The network of a file; UnsupportedModelError for a known one that cannot be cut, else CheckpointError."""
-    candidates = list(islice(_state_dicts(contents.tree), MOST_CANDIDATES))
-    for trail, refs in candidates:
+    tables = {trail: _refs(table) for trail, table in islice(_tables(contents.tree), MOST_TABLES)}
+    for trail, refs in tables.items():
+        if len(refs) > MOST_TENSORS:
+            raise CheckpointError(f"{contents.path} holds {len(refs)} tensors, more than any network that can be cut")
         shapes = {name: ref.shape for name, ref in refs.items()}
         for refused in REFUSED:
             if refused.matches(shapes):
                 raise UnsupportedModelError(
                     f"{contents.path} holds a {refused.name}, which cannot be cut: {refused.reason}"
                 )
-        for layout in LAYOUTS:
-            for prefix in _prefixes(refs, layout.anchor):
-                found = _strip(refs, prefix, layout)
-                if layout.matches({name: ref.shape for name, ref in found.items()}):
-                    return _located(trail, refs, found, prefix, layout)
-    raise CheckpointError(_nothing(contents, candidates))
+        if found := _recognise(trail, refs):
+            return found
+    raise CheckpointError(_nothing(contents, tables))
 
 
-def _state_dicts(
+def _recognise(trail: tuple[str, ...], refs: Refs) -> Located | None:
+    """The network in a table of tensors, in the first layout that matches."""
+    for layout in LAYOUTS:
+        for prefix in _prefixes(refs, layout.anchor):
+            found = _strip(refs, prefix, layout)
+            if layout.matches({name: ref.shape for name, ref in found.items()}):
+                return _located(trail, refs, found, prefix, layout)
+    return None
+
+
+def _tables(
     tree: Any, trail: tuple[str, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[tuple[str, ...], Refs]]:
-    """Every table of tensors, best first; parts that are shared are looked at once."""
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every table of tensors and every pickled module, best first; parts that are shared are looked at once."""
     seen = set() if seen is None else seen
     if id(tree) in seen:
         return
     seen.add(id(tree))
-    refs = state_dict(tree) if is_module(tree) else _refs(tree)
-    if len(refs) >= FEWEST:
-        yield trail, refs
+    if is_module(tree) or len(_refs(tree)) >= FEWEST:
+        yield trail, tree
     if isinstance(tree, Mapping) and len(trail) < DEEPEST:
         known = [key for key in WRAPPERS if key in tree]
         others = [key for key in tree if isinstance(key, str) and key not in WRAPPERS]
         for key in (*known, *others):
-            yield from _state_dicts(tree[key], (*trail, key), seen)
+            yield from _tables(tree[key], (*trail, key), seen)
 
 
-def _refs(tree: Any) -> Refs:
-    """The tensors that a table holds itself."""
-    if not isinstance(tree, Mapping):
+def _refs(table: Any) -> Refs:
+    """The tensors of a module, or those that a table holds itself."""
+    if is_module(table):
+        return state_dict(table)
+    if not isinstance(table, Mapping):
         return {}
-    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+    return {key: value for key, value in table.items() if isinstance(key, str) and isinstance(value, TensorRef)}
 
 
 def _prefixes(refs: Refs, anchor: str) -> list[str]:
@@ -133,12 +142,11 @@ def _located(trail: tuple[str, ...], refs: Refs, found: Refs, prefix: str, layou
     return Located(found, layout, trail, prefix, left_out)
 
 
-def _nothing(contents: Contents, candidates: list[tuple[tuple[str, ...], Refs]]) -> str:
-    if not candidates:
+def _nothing(contents: Contents, tables: Mapping[tuple[str, ...], Refs]) -> str:
+    names = [name for refs in tables.values() for name in refs]
+    if not names:
         return f"{contents.path} is a {contents.container} without named weights"
-    names = [name for _, refs in candidates for name in refs]
-    some = ", ".join(name[:60] for name in names[:3])
     return (
-        f"{contents.path} is a {contents.container} with {len(names)} tensors ({some}, ...), but no ViT or Swin "
+        f"{contents.path} is a {contents.container} with {len(names)} tensors ({some(names)}), but no ViT or Swin "
         "that kcrprune knows"
     )
