@@ -73,9 +73,9 @@ def believed(arguments: Any) -> dict[str, JsonValue]:
 
 def as_size(value: Any) -> int | None:
     """A number from 1 to LARGEST_SIZE as itself, a pair of equal ones as one of them; None for anything else."""
-    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        value = value[0]
-    return value if type(value) is int and 0 < value <= LARGEST_SIZE else None
+    sides = list(value) if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    numbers = [side for side in sides if type(side) is int and 0 < side <= LARGEST_SIZE]
+    return numbers[0] if len(numbers) == len(sides) and len(set(numbers)) == 1 else None
 
 
 def as_text(value: Any) -> str | None:

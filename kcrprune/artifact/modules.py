@@ -8,8 +8,7 @@ from kcrprune.artifact.contents import TensorRef
 from kcrprune.artifact.pickled_calls import Stub
 from kcrprune.errors import CheckpointError
 
-MOST_PARTS: Final = 20_000  # ours; the largest ViT of timm has 1,000 modules
-
+MOST_PARTS: Final = 50_000  # ours; the largest ViT of timm has 5,000 modules, parameters and attributes
 SCRIPTED: Final = "__torch__."  # how TorchScript calls the classes that it made
 
 
@@ -30,26 +29,40 @@ def attributes(stub: Stub) -> Mapping[str, Any]:
 
 def state_dict(module: Stub) -> dict[str, TensorRef]:
     """The tensors of a pickled module under the names of its state dict."""
-    refs: dict[str, TensorRef] = {}
-    for name, part in _parts(module):
-        for key, value in _own(part):
-            if isinstance(value, TensorRef):
-                refs[name + key] = value
-    return refs
+    return {
+        name + key: value
+        for name, _, own in _walk(module)
+        for key, value in own.items()
+        if isinstance(value, TensorRef)
+    }
 
 
-def _own(part: Stub) -> Iterator[tuple[str, Any]]:
-    """What a module holds under its own names: parameters, persistent buffers, modules."""
+def _walk(module: Stub) -> Iterator[tuple[str, Stub, Mapping[str, Any]]]:
+    """Every module with its dotted name ("" for the whole, else with a dot behind) and what it holds itself."""
+    waiting: list[tuple[str, Stub]] = [("", module)]
+    seen = 0
+    while waiting:
+        name, part = waiting.pop()
+        tables = _tables(part)
+        seen += 1 + sum(map(len, tables))
+        if seen > MOST_PARTS:  # before they are gone through: small files can share a large table very often
+            raise CheckpointError(f"the pickled module has more than {MOST_PARTS} parts, so it is not read")
+        own = {key: value for table in tables for key, value in table.items() if isinstance(key, str)}
+        waiting += [(f"{name}{key}.", child) for key, child in own.items() if is_module(child) and len(name) < 500]
+        yield name, part, own
+
+
+def _tables(part: Stub) -> list[Mapping[Any, Any]]:
+    """Where a module keeps parameters, modules and buffers; buffers that its state dict leaves out are left out."""
     held = attributes(part)
     if part.name.startswith(SCRIPTED):
-        yield from _table(held).items()
-        return
-    transient = held.get("_non_persistent_buffers_set") or ()
-    for kind in ("_parameters", "_modules"):
-        yield from _table(held.get(kind)).items()
-    for key, value in _table(held.get("_buffers")).items():
-        if key not in transient:
-            yield key, value
+        return [held]
+    tables = [held.get(kind) for kind in ("_parameters", "_modules", "_buffers")]
+    transient = held.get("_non_persistent_buffers_set")
+    if isinstance(transient, list) and isinstance(tables[2], dict) and len(transient) <= len(tables[2]):
+        names = {name for name in transient if isinstance(name, str)}
+        tables[2] = {key: value for key, value in tables[2].items() if key not in names}
+    return [table for table in tables if isinstance(table, dict)]
 
 
 def clues(module: Stub) -> Clues:
@@ -57,7 +70,7 @@ def clues(module: Stub) -> Clues:
     arguments: dict[str, Any] = {}
     epsilons: list[float] = []
     heads: set[int] = set()
-    for name, part in _parts(module):
+    for name, part, _ in _walk(module):
         held = attributes(part)
         if "decoder" in name:  # of a self-supervised network
             continue
@@ -72,21 +85,3 @@ def clues(module: Stub) -> Clues:
         arguments["num_heads"] = heads.pop()
     norm_eps = epsilons[0] if len(set(epsilons)) == 1 else None
     return Clues(source="the pickled module", arguments=believed(arguments), norm_eps=norm_eps)
-
-
-def _parts(module: Stub) -> Iterator[tuple[str, Stub]]:
-    """Every module with its dotted name and a dot behind it ("" for the whole)."""
-    waiting: list[tuple[str, Stub]] = [("", module)]
-    for _ in range(MOST_PARTS):
-        if not waiting:
-            return
-        name, part = waiting.pop()
-        yield name, part
-        for key, child in _own(part):
-            if is_module(child) and len(name) < 500:
-                waiting.append((f"{name}{key}.", child))
-    raise CheckpointError(f"the pickled module has more than {MOST_PARTS} parts, so it is not read")
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return {key: part for key, part in value.items() if isinstance(key, str)} if isinstance(value, dict) else {}

@@ -13,7 +13,7 @@ from kcrprune.artifact.pickled_calls import ADMITTED, REBUILDERS, Buildable, Cal
 from kcrprune.errors import CheckpointError
 
 MOST_OPCODES: Final = 500_000  # ours; a training checkpoint of the largest ViT has 60,000
-MOST_COPIED: Final = 2**28  # ours; bytes
+MOST_COPIES: Final = 4  # ours; how often admitted calls may copy what was read, beside a megabyte
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ def unpickle(
     """
     machine = _Machine(persistent, {**ADMITTED, **(calls or {})})
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
             if count >= MOST_OPCODES:
                 raise CheckpointError(f"{what} has more than {MOST_OPCODES} instructions, so it is not read")
+            machine.position = position or 0
             OPCODES[opcode.name](machine, argument)
         tree = machine.stack[-1]
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
@@ -54,6 +55,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.foreign: set[str] = set()
+        self.position = 0
         self.copied = 0
         self.persistent = persistent
         self.calls = calls
@@ -81,8 +83,9 @@ class _Machine:
 
     def charge(self, arguments: tuple[Any, ...]) -> None:
         """Counts what an admitted call may copy, so that copying one thing very often ends."""
-        self.copied += sum(8 * len(part) for part in arguments if isinstance(part, str | bytes | list | tuple | dict))
-        if self.copied > MOST_COPIED:
+        self.copied += sum(len(part) for part in arguments if isinstance(part, str | bytes))
+        self.copied += sum(8 * len(part) for part in arguments if isinstance(part, list | tuple | dict))
+        if self.copied > 2**20 + MOST_COPIES * self.position:
             raise ValueError("it copies the same data over and over")
 
     def build(self) -> None:

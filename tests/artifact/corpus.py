@@ -101,6 +101,7 @@ def hostile(witness: Path) -> list[Sample]:
         Sample("doubling.pkl", b"\x80\x02K\x00" + b"".join(b"2\x86" for _ in range(200)) + b"}q\x00" + b"2s.", {}),
         Sample("wide.pth", _expanded(), {}),
         Sample("deflated.pth", _deflated(), {}),
+        Sample("shared.pth", _shared(), {}),
         Sample("long.pkl", b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"1.", {}),
         Sample("memo.pkl", b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b".", {}),
         Sample("header.safetensors", struct.pack("<Q", 2**63) + b"{}", {}),
@@ -160,6 +161,14 @@ def _entry(dtype: str, shape: list[int], size: int) -> bytes:
 def _expanded() -> bytes:
     """Sixty-four tensors of four gigabytes over one number."""
     return _torch({f"blocks.{index}.weight": torch.zeros(1).expand(2**15, 2**15) for index in range(64)})
+
+
+def _shared() -> bytes:
+    """A module of 2**60 parts, each level twice the one below."""
+    module: torch.nn.Module = torch.nn.Linear(1, 1)
+    for _ in range(60):
+        module = torch.nn.Sequential(module, module)
+    return _torch(module)
 
 
 def _deflated() -> bytes:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.clues import as_size
 from kcrprune.errors import ConfigError
 from tests.artifact import ways
 
@@ -181,6 +182,15 @@ def test_tensors_that_are_not_the_networks_are_named_without_their_terminal_code
     notes = open_model(tmp_path / "x.safetensors", num_heads=2).notes
     assert "prefix 'net.' removed" in notes
     assert "3 tensors that are not the network's left out: lr, 'extra\\x1b[31m', optimizer" in notes
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [(32, 32), ([32, 32], 32), ((7, 7), 7), ([32, 16], None), (0, None), (True, None), (4096, None), ("32", None),
+     ([[1], [1]], None), (None, None), ([32.0, 32.0], None)],
+)  # fmt: skip
+def test_a_files_word_for_a_size(value, size):
+    assert as_size(value) == size
 
 
 def test_half_precision_becomes_single(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kcrprune.artifact.checkpoint import open_model
 from kcrprune.artifact.container import open_container
 from kcrprune.artifact.contents import check_memory, read_all
 from kcrprune.artifact.modules import state_dict
@@ -52,6 +53,15 @@ def test_a_pickled_module_has_the_state_dict_of_the_module(tmp_path):
     refs = state_dict(open_container(tmp_path / "module.pth").tree)
     assert refs.keys() == module.state_dict().keys()
     assert all(torch.equal(refs[name].read(), value) for name, value in module.state_dict().items())
+
+
+def test_a_module_that_shares_its_parts_for_ever_is_refused(tmp_path):
+    module = nn.Linear(1, 1)
+    for _ in range(60):
+        module = nn.Sequential(module, module)
+    torch.save(module, tmp_path / "module.pth")
+    with pytest.raises(CheckpointError, match="more than 50000 parts"):
+        open_model(tmp_path / "module.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
