@@ -5,6 +5,7 @@ stream, I channels that the MLP reads and writes, H hidden units, Q and V channe
 One block costs  A D (2 Q + V) + A T (Q + V) + A V D + 2 N I H  MACs.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -213,10 +214,12 @@ class _State:
         """(score lost for a MAC saved, axis, width) of the best next step down in a block."""
         best: tuple[float, Axis, int] = (float("inf"), "mlp_io", 0)
         for axis in self.purse.open_axes.get(site.name, ()):
-            below = [width for width in levels[site.name, axis] if width < self.widths[site.name][axis]]
+            allowed = levels[site.name, axis]
+            below = bisect_left(allowed, self.widths[site.name][axis])
             if below:
-                price = self._loss(site, axis, below[-1]) / max(1, self._saving(site, axis, below[-1]))
-                best = min(best, (price, axis, below[-1]))
+                width = allowed[below - 1]
+                price = self._loss(site, axis, width) / max(1, self._saving(site, axis, width))
+                best = min(best, (price, axis, width))
         return best
 
     def buy_back(self, limit: int, step: int) -> None:
@@ -236,7 +239,7 @@ class _State:
     def _loss(self, site: BlockSite, axis: Axis, width: int) -> float:
         """Score lost by going from today's width to `width`; negative on the way up."""
         lost = self.lost[site.name, axis]
-        return float(lost[width] - lost[self.widths[site.name][axis]])
+        return lost[width] - lost[self.widths[site.name][axis]]
 
     def _saving(self, site: BlockSite, axis: Axis, width: int) -> int:
         widths = self.widths[site.name]
@@ -272,13 +275,13 @@ class _State:
         return tuple(_top(self.scores[site.name, axis][head], count) for head in heads.indices)
 
 
-def _lost_below(score: Tensor) -> Tensor:
+def _lost_below(score: Tensor) -> list[float]:
     """Score lost when only the best `width` channels stay, for width 0..channels (of every head, summed)."""
     ranked = score.sort(descending=True, dim=-1).values
     if ranked.ndim == 2:
         ranked = ranked.sum(0)
     tail = ranked.flip(0).cumsum(0).flip(0)
-    return torch.cat([tail, tail.new_zeros(1)])
+    return [*tail.tolist(), 0.0]
 
 
 def _top(score: Tensor, count: int) -> Kept:
