@@ -13,25 +13,18 @@ which saves time and decides nothing.
 import argparse
 import json
 import logging
-import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import fetch
+from common import WEIGHTS, first_images, machine_facts
 
-from kcrprune import __version__
-
-WEIGHTS = Path(__file__).parent / "weights"
-LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
 HEADINGS = (
     "network", "target", "MACs", "share", "parameters", "top-1 dense",
     "top-1 cut and refitted (first 2,000)", "top-1 recovered",
@@ -125,17 +118,6 @@ class Bench:
         return json.loads(path.read_text())
 
 
-def first_images(data: Path, folder: Path) -> Path:
-    """An image folder of links to all training images and to the first RUN_IMAGES test images of `data`."""
-    if not folder.exists():
-        for path in sorted((data / "validation").glob("*/*.png"), key=lambda path: path.name)[:RUN_IMAGES]:
-            link = folder / "validation" / path.parent.name / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-        (folder / "train").symlink_to(data / "train")
-    return folder
-
-
 def to_markdown(rows: Sequence[Row], circumstances: dict[str, Any]) -> str:
     """The table, and below it where and how it was made."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|:--|" + "--:|" * (len(HEADINGS) - 1)]
@@ -160,27 +142,12 @@ def to_markdown(rows: Sequence[Row], circumstances: dict[str, Any]) -> str:
 
 def circumstances(options: Sequence[str]) -> dict[str, Any]:
     """Date, machine, versions and command of this run."""
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "versions": ", ".join([f"kcrprune {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]),
+    return machine_facts() | {
         "options of every compression": shlex.join(options) or "none (seed 42)",
         "images": "CIFAR-10, 50,000 to train on, accuracies on the 10,000 test images",
         "accuracies": "dense and recovered through ONNX Runtime, cut and refitted in PyTorch on the first 2,000",
         "command": "python docs/benchmarks/real_path.py --cache CACHE --vit VIT --out RESULTS",
     }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -209,7 +176,7 @@ def main() -> None:
         sys.exit(f"{missing[0]} is not there; name another --vit, or take the networks from a whole clone")
     options = tuple(shlex.split(arguments.options))
     data, out = fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve()
-    bench = Bench(data, first_images(data, out / "images"), out, options)
+    bench = Bench(data, first_images(data, out / "images", RUN_IMAGES), out, options)
     rows: list[Row] = []
     for name in arguments.networks:
         for target in arguments.targets:

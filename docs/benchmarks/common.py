@@ -1,0 +1,52 @@
+"""What the benchmark scripts share: their networks, links to some of the images, where a run was made (no torch)."""
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kcrprune import __version__
+
+WEIGHTS = Path(__file__).parent / "weights"
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
+
+
+def first_images(data: Path, folder: Path, count: int) -> Path:
+    """An image folder of links to all training images and to the first `count` test images of `data`."""
+    if not folder.exists():
+        for path in sorted((data / "validation").glob("*/*.png"), key=lambda path: path.name)[:count]:
+            link = folder / "validation" / path.parent.name / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+        (folder / "train").symlink_to(data / "train")
+    return folder
+
+
+def machine_facts(further: Sequence[str] = ()) -> dict[str, Any]:
+    """Date, machine, threads and versions; `further` names libraries that need not be installed."""
+    versions = [f"kcrprune {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]
+    for name in further:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "versions": ", ".join(versions),
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
