@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kcrprune.artifact.checkpoint import save_model
+from kcrprune.plan import Preprocessing
+
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
@@ -19,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("fetch", "images", "real_path"):
+    for name in ("common", "fetch", "images", "peer_methods", "peer_row", "peer_table", "peers", "real_path"):
         sys.modules.pop(name, None)
 
 
@@ -81,3 +84,135 @@ def test_committed_weights_are_a_network_that_inspect_knows(name):
     assert opened.preprocessing.crop_pct == 1
     assert opened.preprocessing.mean == pytest.approx((0.4914, 0.4822, 0.4465))
     assert opened.model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_link_folder_has_all_training_images_and_the_first_test_images(tmp_path):
+    from common import first_images  # type: ignore[import-not-found]
+
+    for part, names in (("train", ["0", "1"]), ("validation", ["2", "3", "4"])):
+        for name in names:
+            path = tmp_path / "all" / part / f"class{int(name) % 2}" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+    folder = first_images(tmp_path / "all", tmp_path / "links", 2)
+    assert sorted(path.name for path in folder.glob("train/*/*")) == ["0.png", "1.png"]
+    assert sorted(path.name for path in folder.glob("validation/*/*")) == ["2.png", "3.png"]
+
+
+def test_a_failed_row_stands_in_the_table_with_its_reason():
+    from peer_table import Row, to_markdown  # type: ignore[import-not-found]
+
+    rows = [
+        Row("deit", 0.5, "ours", macs=49, dense_macs=100, top1=78.0, difference=-0.5, difference_error=0.25),
+        Row("deit", 0.5, "theirs", failure="ValueError: a | b"),
+        Row("swin", 0.5, "ours", failure="not reached"),
+    ]
+    text = to_markdown(rows, {"machine": "this one"})
+    deit, swin = text.split("## swin")
+    assert "| 0.5 | ours | 0.4900 | - | - | 78.00 % | -0.50 ± 0.25 |" in deit
+    assert f"| 0.5 | theirs |{' - |' * 11} ValueError: a \\| b |" in deit
+    assert "| not reached |" in swin
+    assert "- machine: this one" in swin
+
+
+def test_a_finished_row_is_not_measured_again(tmp_path):
+    from peer_table import Recovery, Row  # type: ignore[import-not-found]
+    from peers import once  # type: ignore[import-not-found]
+
+    made = []
+
+    def measure():
+        made.append(len(made))
+        return Row(
+            "vit", 0.7, "ours", recoveries=(Recovery(1e-3, 2.0, 1.0, 3, 0.5),), failure="no" if made == [0] else None
+        )
+
+    path = tmp_path / "rows" / "row.json"
+    first = once(path, measure)
+    assert once(path, measure) == first
+    assert made == [0]
+    second = once(path, measure, retry=True)
+    assert second.failure is None
+    assert once(path, measure, retry=True) == second
+    assert made == [0, 1]
+
+
+def test_rows_of_another_protocol_are_not_mixed(tmp_path):
+    from dataclasses import replace
+
+    from peers import same_protocol  # type: ignore[import-not-found]
+
+    same_protocol(tmp_path / "protocol.json", protocol())
+    same_protocol(tmp_path / "protocol.json", protocol())
+    with pytest.raises(SystemExit, match="measured with another steps; name another --out"):
+        same_protocol(tmp_path / "protocol.json", replace(protocol(), steps=3))
+
+
+def protocol():
+    from peer_table import Protocol  # type: ignore[import-not-found]
+
+    return Protocol(seed=0, steps=2, batch_size=8, rates=(1e-3, 1e-4), scratch_rates=(1e-3,), test_images=8, threads=1)
+
+
+@pytest.fixture
+def bench(tiny_vit, tmp_path):
+    """A tiny network with images of noise."""
+    from peer_row import Bench  # type: ignore[import-not-found]
+
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        path = tmp_path / "data" / ("train" if index < 64 else "validation") / f"class{index % 5}" / f"{index:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    checkpoint = tmp_path / "dense.safetensors"
+    save_model(
+        checkpoint,
+        tiny_vit.model(),
+        architecture=tiny_vit.architecture,
+        plan=None,
+        preprocessing=Preprocessing(input_size=tiny_vit.input_size, mean=(0.5,) * 3, std=(0.5,) * 3),
+        class_names=None,
+        record={},
+    )
+    return Bench.open(checkpoint, tmp_path / "data", tmp_path / "data", protocol(), tmp_path / "results")
+
+
+def test_rows_share_one_protocol_and_a_peer_that_is_missing_has_one(bench, monkeypatch):
+    import peer_methods  # type: ignore[import-not-found]
+    import peers  # type: ignore[import-not-found]
+
+    assert tuple(peer_methods.METHODS) == peers.METHODS
+    dense = bench.row("tiny", 1.0, "dense")
+    assert dense.failure is None
+    known = len(bench.dense.known)
+    for method in ("magnitude", "random", "scratch"):
+        row = bench.row("tiny", 0.7, method)
+        assert row.failure is None
+        assert 0.6 * dense.macs < row.macs <= 0.7 * dense.macs
+        assert row.difference == pytest.approx(row.top1 - dense.top1)
+        assert len(row.recoveries) == (1 if method == "scratch" else 2)
+        assert row.rate == min(row.recoveries, key=lambda recovery: recovery.loss_after).rate
+        assert min(row.latency_ms, row.latency_dense_ms, row.peak_mb) > 0
+    assert len(bench.dense.known) == known, "every row trains on the same batches"
+    monkeypatch.setattr(peer_methods.importlib.util, "find_spec", lambda name: None)
+    missing = bench.row("tiny", 0.7, "tp-uniform-l2")
+    assert missing.failure == "not installed; pip install torch-pruning==1.6.1"
+    assert missing.macs is None
+
+
+def test_the_ratio_is_the_one_that_just_meets_the_limit():
+    from peer_methods import NotReachedError, largest_within  # type: ignore[import-not-found]
+
+    def cut(ratio):
+        if ratio > 0.8:
+            raise ValueError("nothing is left")
+        return torch.nn.Linear(1, 1000 - int(1000 * ratio))
+
+    def macs(model):
+        return model.out_features
+
+    assert 498 <= macs(largest_within(cut, macs, 500)) <= 500
+    with pytest.raises(ValueError, match="nothing is left"):
+        largest_within(cut, macs, 100)
+    with pytest.raises(NotReachedError, match=r"it leaves \d+ MACs .* above 10"):
+        largest_within(lambda ratio: torch.nn.Linear(1, 900), macs, 10)
