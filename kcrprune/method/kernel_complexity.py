@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 class Covariance:
@@ -30,6 +30,22 @@ class Covariance:
         """Takes in what another process has seen."""
         self.total += other.total
         self.images += other.images
+        return self
+
+    def sum_over_processes_(self) -> Self:
+        """Takes in what every other process of the group has seen of its own images; alone, it changes nothing.
+
+        A collective call: all processes make it, and all end with the same sums, bit for bit. What was summed once
+        must not be summed again.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # NCCL sums on GPUs alone
+        total = self.total.to(device)
+        images = torch.tensor(self.images, device=device)
+        distributed.all_reduce(total)
+        distributed.all_reduce(images)
+        self.total, self.images = total.to(self.total.device), int(images)
         return self
 
     @property

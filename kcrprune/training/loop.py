@@ -49,7 +49,7 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def feature_covariance(model: nn.Module, batches: Iterable[Tensor]) -> Covariance:
-    """Covariance of a model's features over all images of `batches`."""
+    """Covariance of a model's features over all images of `batches`; each of several processes passes its own."""
     covariance: Covariance | None = None
     device = next(model.parameters()).device
     with FeatureTap(model) as tap:
@@ -59,13 +59,14 @@ def feature_covariance(model: nn.Module, batches: Iterable[Tensor]) -> Covarianc
             covariance = covariance or Covariance(features.shape[1])
             covariance.add_(features)
     assert covariance is not None, "no images"
-    return covariance
+    return covariance.sum_over_processes_()
 
 
 class KernelWatch:
     """Follows the features of a training stage: their KC, and an objective's basis, both renewed every few steps.
 
-    The first basis is that of `start`, the features of the dense network.
+    The first basis is that of `start`, the features of the dense network. Of several processes each shows its own
+    batches, and all renew the same basis at the same step.
     """
 
     def __init__(self, objective: Objective, start: Covariance, rank_share: float, every: int) -> None:
@@ -74,7 +75,7 @@ class KernelWatch:
         self.every = every
         self.seen = start
         self.steps = 0
-        self._renew_()
+        self.renew_()
 
     def see_(self, features: Tensor) -> dict[str, float]:
         """Takes in the features (batch, d) of one step; returns KC over the last steps when it is renewed."""
@@ -82,9 +83,13 @@ class KernelWatch:
             self.seen = Covariance(features.shape[1])
         self.seen.add_(features)
         self.steps += 1
-        return self._renew_() if self.steps % self.every == 0 else {}
+        if self.steps % self.every != 0:
+            return {}
+        self.seen.sum_over_processes_()
+        return self.renew_()
 
-    def _renew_(self) -> dict[str, float]:
+    def renew_(self) -> dict[str, float]:
+        """Renews the objective's basis from what was seen, and returns its KC."""
         if self.objective.kernel_weight > 0:
             rank = rank_for(self.rank_share, self.seen.images, self.seen.total.shape[0])
             self.objective.basis = self.seen.basis(rank)

@@ -1,0 +1,66 @@
+"""Two processes that each see half of the images end with the covariance, the KC and the basis of one that sees all."""
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from kcrprune.method.kernel_complexity import Covariance
+from kcrprune.method.objective import Objective
+from kcrprune.training.loop import KernelWatch
+
+SPLITS = ((0, 7), (7, 20))  # of unequal size
+EVERY = 2
+
+
+def features() -> Tensor:
+    """Whole numbers (20, 6): their sums are exact in float64, in whatever order."""
+    return torch.randint(-9, 10, (20, 6), generator=torch.Generator().manual_seed(0)).float()
+
+
+def watch_of(seen: Covariance) -> KernelWatch:
+    return KernelWatch(Objective(nn.Identity(), True, False, kernel_weight=0.1), seen, 0.4, EVERY)
+
+
+def see(rank: int, folder) -> None:
+    """What one of the two processes does; it leaves its findings in the folder."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    start, end = SPLITS[rank]
+    own = features()[start:end]
+    covariance = Covariance(6).add_(own).sum_over_processes_()
+    watch = watch_of(covariance)
+    told = [watch.see_(batch) for batch in own.tensor_split(2 * EVERY)]
+    found = {"total": covariance.total, "images": covariance.images, "told": told, "basis": watch.objective.basis}
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(see, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_the_sum_over_two_processes_is_the_one_shot_covariance(found):
+    whole = Covariance(6).add_(features())
+    for each in found:
+        assert each["images"] == whole.images
+        assert torch.equal(each["total"], whole.total)
+
+
+def test_a_watch_tells_kc_and_renews_its_basis_from_the_batches_of_both(found):
+    watch = watch_of(Covariance(6).add_(features()))
+    halves = [features()[start:end].tensor_split(2 * EVERY) for start, end in SPLITS]
+    told = [watch.see_(torch.cat(batches)) for batches in zip(*halves, strict=True)]
+    for each in found:
+        assert each["told"] == told
+        assert torch.equal(each["basis"], watch.objective.basis)
+        assert ["kc" in figures for figures in each["told"]] == [False, True, False, True]
+
+
+def test_alone_a_sum_over_processes_changes_nothing():
+    alone, untouched = (Covariance(6).add_(features()) for _ in range(2))
+    assert alone.sum_over_processes_() is alone
+    assert torch.equal(alone.total, untouched.total)
+    assert alone.images == untouched.images
