@@ -22,7 +22,18 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("common", "fetch", "images", "peer_methods", "peer_row", "peer_table", "peers", "real_path"):
+    for name in (
+        "budget",
+        "common",
+        "fetch",
+        "images",
+        "kernel",
+        "peer_methods",
+        "peer_row",
+        "peer_table",
+        "peers",
+        "real_path",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -216,3 +227,35 @@ def test_the_ratio_is_the_one_that_just_meets_the_limit():
         largest_within(cut, macs, 100)
     with pytest.raises(NotReachedError, match=r"it leaves \d+ MACs .* above 10"):
         largest_within(lambda ratio: torch.nn.Linear(1, 900), macs, 10)
+
+
+def test_nystrom_never_understates_and_is_exact_with_every_image_for_a_landmark():
+    from kernel import LANDMARKS, Past, approximations, nystrom_tnn  # type: ignore[import-not-found]
+
+    features = torch.randn(600, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.eigvalsh(features.T @ features / 600)[:-3].sum()
+    assert torch.allclose(nystrom_tnn(features, 3, features), exact)
+    stale = Past("basis of 1 steps ago", torch.eye(12, dtype=torch.float64)[:, :3], features.roll(1, 1))
+    current, *others = approximations(features, 3, [stale])
+    assert current["overstated_percent"] == pytest.approx(0, abs=1e-9)
+    assert all(row["overstated_percent"] > 0 for row in others)
+    assert len(others) == 1 + 2 * len(LANDMARKS)
+
+
+def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
+    import timm
+    from budget import TARGETS, Result, measured, to_markdown  # type: ignore[import-not-found]
+
+    from kcrprune.measure.macs import count_macs
+
+    result = measured("test_vit", "ViT")
+    assert result.macs == count_macs(timm.create_model("test_vit"), (3, 160, 160))
+    assert tuple(result.gaps) == TARGETS
+    assert not result.misses
+    refused = measured("vit_base_patch16_xp_224", "ViT")
+    assert "ParallelScalingBlock" in refused.refused
+    late = Result("late", "ViT", axes=("attn_query",), floor=0.8441, channel=0.01, gaps={0.9: 0.006})
+    told = to_markdown([result, refused, late], {"date": "today"})
+    assert "| ViT | 0.9 | 2 of 2 | 1 | 0.00600 |" in told
+    assert "- late misses at 0.9 (gap 0.00600): its cheapest channel is 0.01000 of its MACs" in told
+    assert "- late: 0.845 is the least with attn_query; refused at 0.8, 0.7, 0.6, 0.5, 0.4" in told
