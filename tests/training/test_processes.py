@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
@@ -38,7 +39,7 @@ def see(rank: int, folder) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(see, (folder,), nprocs=2)
+    spawn(see, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -53,6 +54,7 @@ def test_a_watch_tells_kc_and_renews_its_basis_from_the_batches_of_both(found):
     watch = watch_of(Covariance(6).add_(features()))
     halves = [features()[start:end].tensor_split(2 * EVERY) for start, end in SPLITS]
     told = [watch.see_(torch.cat(batches)) for batches in zip(*halves, strict=True)]
+    assert watch.objective.basis is not None
     for each in found:
         assert each["told"] == told
         assert torch.equal(each["basis"], watch.objective.basis)
