@@ -126,7 +126,7 @@ def torch_pruning(task: Task, *, inner: bool, taylor: bool) -> Pruned:
 
     model = largest_within(cut, task.macs, task.limit)
     model.zero_grad(set_to_none=True)
-    return Pruned(_fused_(model), perf_counter() - start)
+    return Pruned(_attention_as_in_(model, task.run.dense), perf_counter() - start)
 
 
 def _gradients(dense: nn.Module, task: Task) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ def fastnas(task: Task) -> Pruned:
         raise NotReachedError(
             f"no network of its search space, which is the hidden channels of the MLPs, has {task.limit:,} MACs or less"
         ) from error
-    return Pruned(_fused_(model.eval()), perf_counter() - start)
+    return Pruned(_attention_as_in_(model.eval(), task.run.dense), perf_counter() - start)
 
 
 def _fastnas_rules(step: int) -> dict[str, Any]:
@@ -294,11 +294,11 @@ def _unfused(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fused_(model: nn.Module) -> nn.Module:
-    """The same attention as everybody's for what follows."""
-    for module in model.modules():
+def _attention_as_in_(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """Gives every attention of a cut network back how the dense one computes it."""
+    for name, module in model.named_modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = True
+            module.fused_attn = dense.get_submodule(name).fused_attn
     return model
 
 
