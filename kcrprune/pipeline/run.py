@@ -20,6 +20,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
 from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
 from kcrprune.method.gates import Gates
+from kcrprune.method.innovations import InnovationBasis
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.pipeline.parts import divide
@@ -31,6 +32,7 @@ from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
+from kcrprune.training.innovations import innovation_bases
 from kcrprune.training.loop import endless, feature_covariance, make_objective, mean_loss, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
@@ -47,6 +49,7 @@ class Run:
     histories: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     decisions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    bases: dict[str, InnovationBasis] = field(default_factory=dict)  # by linear; what scores and gates act on
 
     def load(self, checkpoint: Path) -> None:
         """Opens the network and the images; refuses what cannot work."""
@@ -131,10 +134,16 @@ class Run:
         return accuracy_of(evaluate(model, self.parts.evaluation, reference=reference, listener=self.listener))
 
     def _gate_(self, model: nn.Module) -> Gates:
-        return add_gates_(model, self.config.axes, include=self.config.include, exclude=self.config.exclude)
+        config = self.config
+        return add_gates_(model, config.axes, include=config.include, exclude=config.exclude, bases=self.bases)
 
     def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
+        if self.config.refit and self.config.scores == "fisher":
+            with self.stage("order"):
+                self.bases = innovation_bases(
+                    model, self.purse.open_axes, self.purse.sites, self.parts.scoring, generator
+                )
         gates = self._gate_(model)
         with self.stage("score"):
             if self.config.scores == "magnitude":

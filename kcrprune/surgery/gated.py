@@ -1,6 +1,6 @@
-"""Dense to gated and back: linears whose inputs or outputs are multiplied by gates."""
+"""Dense to gated and back: linears whose inputs, their innovations or outputs are multiplied by gates."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -8,26 +8,43 @@ from torch import Tensor, nn
 
 from kcrprune.families import BlockSite, family_of
 from kcrprune.method.gates import ChannelGate, Gates, QkvGate
+from kcrprune.method.innovations import InnovationBasis
 from kcrprune.plan import Axis, BlockPlan, ChannelPlan
 from kcrprune.surgery.pruned import head_rows
 from kcrprune.surgery.swap import linear_at, swap_
 
 
 class GatedLinear(nn.Linear):
-    """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one."""
+    """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one.
+
+    With a `basis` the gates act on the innovations of the inputs, so that closing them is a cut with its refit.
+    """
 
     def __init__(
-        self, linear: nn.Linear, *, in_gate: nn.Module | None = None, out_gate: nn.Module | None = None
+        self,
+        linear: nn.Linear,
+        *,
+        in_gate: nn.Module | None = None,
+        out_gate: nn.Module | None = None,
+        basis: InnovationBasis | None = None,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.in_gate, self.out_gate = in_gate, out_gate
+        self.basis = basis
 
     def forward(self, input: Tensor) -> Tensor:
-        """out_gate * (W (in_gate * input) + b)."""
-        if self.in_gate is not None:
-            input = _times(input, self.in_gate())
-        output = super().forward(input)
+        """out_gate * (W (in_gate * input) + b), or out_gate * (W (mean + B (in_gate * A (input - mean))) + b)."""
+        if self.in_gate is None:
+            output = super().forward(input)
+        elif self.basis is None:
+            output = super().forward(_times(input, self.in_gate()))
+        else:
+            analysis, mean = self.basis.analysis, self.basis.mean
+            innovations = nn.functional.linear(input, analysis, -(analysis @ mean))
+            at_mean = nn.functional.linear(mean, self.weight, self.bias)
+            weight = self.weight @ self.basis.synthesis
+            output = nn.functional.linear(_times(innovations, self.in_gate()), weight, at_mean)
         return output if self.out_gate is None else _times(output, self.out_gate())
 
 
@@ -46,28 +63,45 @@ def is_open(site: BlockSite, include: Sequence[str], exclude: Sequence[str]) -> 
 
 
 def add_gates_(
-    model: nn.Module, axes: Sequence[Axis], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    axes: Sequence[Axis],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    bases: Mapping[str, InnovationBasis] | None = None,
 ) -> Gates:
-    """Puts gates on the axes that each open block allows; all gates start open, and the output is unchanged."""
+    """Puts gates on the axes that each open block allows; all gates start open, and the output is unchanged.
+
+    `bases` by name of a linear: its gates act on innovations (fc2 for `mlp_hidden`, proj for `attn_value`).
+    """
     sites = family_of(model).sites(model)
     device = next(model.parameters()).device
     by_site = {}
     for site in sites:
         if is_open(site, include, exclude):
-            by_site[site.name] = _gate_block_(model, site, [axis for axis in axes if axis in site.axes], device)
+            allowed = [axis for axis in axes if axis in site.axes]
+            by_site[site.name] = _gate_block_(model, site, allowed, device, bases or {})
     return Gates(sites, by_site)
 
 
 def _gate_block_(
-    model: nn.Module, site: BlockSite, axes: Sequence[Axis], device: torch.device
+    model: nn.Module,
+    site: BlockSite,
+    axes: Sequence[Axis],
+    device: torch.device,
+    bases: Mapping[str, InnovationBasis],
 ) -> dict[Axis, ChannelGate]:
     gates: dict[Axis, ChannelGate] = {axis: ChannelGate(axis_channels(site, axis), device) for axis in axes}
     io, hidden = gates.get("mlp_io"), gates.get("mlp_hidden")
     if io is not None:
         swap_(model, site.fc1, GatedLinear(linear_at(model, site.fc1), in_gate=io))
     if io is not None or hidden is not None:
-        swap_(model, site.fc2, GatedLinear(linear_at(model, site.fc2), in_gate=hidden, out_gate=io))
+        fc2 = GatedLinear(linear_at(model, site.fc2), in_gate=hidden, out_gate=io, basis=bases.get(site.fc2))
+        swap_(model, site.fc2, fc2)
     query, value, heads = gates.get("attn_query"), gates.get("attn_value"), gates.get("heads")
+    if value is not None and site.proj in bases:
+        swap_(model, site.proj, GatedLinear(linear_at(model, site.proj), in_gate=value, basis=bases[site.proj]))
+        value = None
     if query is not None or value is not None or heads is not None:
         gate = QkvGate(query, value, heads, site.head_dim)
         swap_(model, site.qkv, GatedLinear(linear_at(model, site.qkv), out_gate=gate))
@@ -90,7 +124,7 @@ def axis_channels(site: BlockSite, axis: Axis) -> int:
 def remove_gates_(model: nn.Module, gates: Gates) -> nn.Module:
     """Back to the dense state: each gated linear becomes a plain one with the same weights."""
     for site in gates.sites:
-        for name in (site.fc1, site.fc2, site.qkv):
+        for name in (site.fc1, site.fc2, site.qkv, site.proj):
             linear = linear_at(model, name)
             if isinstance(linear, GatedLinear):
                 plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")

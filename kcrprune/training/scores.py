@@ -25,11 +25,10 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     device = next(model.parameters()).device
     totals = [torch.zeros_like(gate.logits) for _, _, gate in gates]
     images = 0
-    has_head = bool(classifiers(model))
     for batch in batches:
         gates.open_per_image_(len(batch))
         output = model(batch.to(device))
-        loss = _sampled_loss(output.float(), generator) if has_head else _noise_loss(output.float(), generator)
+        loss = sampled_loss(model, output.float(), generator)
         gradients = torch.autograd.grad(loss, [gate.value for _, _, gate in gates])
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient.square().sum(0)
@@ -39,14 +38,17 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     return _by_site(gates, [total / (2 * max(1, images)) for total in totals])
 
 
-def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-    return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy, summed over a batch, of `output` (batch, classes) with labels drawn from that very output.
 
-
-def _noise_loss(features: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(features.shape, generator=generator).to(features)
-    return (features * noise).sum()
+    The squares of its gradients are the true Fisher information. Of a backbone without a head: the features' product
+    with unit Gaussian noise, whose squared gradients are those of the squared error.
+    """
+    if not classifiers(model):
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return (output * noise).sum()
+    drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(output, drawn.to(output.device), reduction="sum")
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""What the inputs of a linear say that the inputs which matter more do not: gates on that know the refit.
+
+Inputs of a linear are put in the order in which they would be given up, each time the one whose loss costs least after
+the others have been refitted to make up for it. An input's innovation is its residual on all inputs that stay longer
+(the word of Kailath, 1968). Cutting the first inputs of the order and refitting the rest is closing the gates on their
+innovations, exactly. The elimination is that of optimal brain surgeon (Hassibi and Stork, 1993) for whole columns.
+
+Letters: I inputs, O outputs; W (O, I) weight, G (I, I) covariance of the inputs, S (O, O) second moment of the
+gradient at the outputs, summed over the tokens of an image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-4  # share of the mean variance that keeps inverses of the covariance in bounds
+ROUNDS = 128  # rounds in which all inputs are given up, at most
+
+
+@dataclass(frozen=True)
+class InnovationBasis:
+    """Innovations of x (..., I) are A (x - mean), and x = mean + B innovations."""
+
+    analysis: Tensor  # A (I, I), triangular in the order of elimination
+    synthesis: Tensor  # B = A^-1
+    mean: Tensor  # (I,)
+
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Tensor, order: Tensor) -> "InnovationBasis":
+        """The basis for inputs with this mean (I,) and covariance (I, I), given up in `order` (I,), first to last."""
+        lasting = order.flip(0)
+        factor = torch.linalg.cholesky(_lifted(covariance)[lasting][:, lasting])
+        unit = factor / factor.diagonal()  # lower triangular with ones: x = unit innovations
+        inverse = torch.linalg.solve_triangular(unit, torch.eye(len(unit)).to(unit), upper=False)
+        analysis, synthesis = torch.zeros_like(covariance), torch.zeros_like(covariance)
+        analysis[lasting[:, None], lasting] = inverse
+        synthesis[lasting[:, None], lasting] = unit
+        return cls(analysis.float(), synthesis.float(), mean.float())
+
+
+def elimination_order(weight: Tensor, covariance: Tensor, curvature: Tensor, *, heads: int = 1) -> Tensor:
+    """The inputs (I,) of a linear, first the one that is missed least once the rest is refitted.
+
+    A set R of inputs costs tr(S E) / 2, with E the covariance of what the refitted rest cannot make of W_R x_R: half
+    the squared gradient along the error, in nats an image. Of several heads, whose inputs lie side by side, each gives
+    up one input a round, because all heads of a block keep the same number.
+    """
+    state = _Elimination(weight.double(), _lifted(covariance), curvature.double())
+    group = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] // heads)
+    together = max(1, weight.shape[1] // heads // ROUNDS)
+    order = []
+    while len(state.left):
+        cheapest = state.costs().argsort()
+        groups = group[state.left][cheapest]
+        chosen = torch.cat([cheapest[groups == head][:together] for head in range(heads)])
+        order.append(state.left[chosen])
+        state.give_up_(chosen)
+    return torch.cat(order)
+
+
+class _Elimination:
+    """Weight, its product with the curvature, and the inverse covariance of the inputs that are left."""
+
+    def __init__(self, weight: Tensor, covariance: Tensor, curvature: Tensor) -> None:
+        self.weight, self.priced = weight, curvature @ weight  # (O, I)
+        self.inverse = torch.linalg.inv(covariance)  # (I, I)
+        self.left = torch.arange(weight.shape[1], device=weight.device)
+
+    def costs(self) -> Tensor:
+        """What giving up each input alone would cost, (inputs left,)."""
+        return (self.weight * self.priced).sum(0) / (2 * self.inverse.diagonal())
+
+    def give_up_(self, chosen: Tensor) -> None:
+        """Takes inputs out at once; the weights of the others make up for them as well as they can."""
+        share = self.inverse[:, chosen] @ torch.linalg.inv(self.inverse[chosen][:, chosen])  # (inputs left, chosen)
+        stay = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
+        stay[chosen] = False
+        self.weight = (self.weight - self.weight[:, chosen] @ share.T)[:, stay]
+        self.priced = (self.priced - self.priced[:, chosen] @ share.T)[:, stay]
+        self.inverse = (self.inverse - share @ self.inverse[chosen])[stay][:, stay]
+        self.left = self.left[stay]
+
+
+def _lifted(covariance: Tensor) -> Tensor:
+    """The covariance in float64 with a little more variance for every input, so that it has an inverse."""
+    little = RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
+    return covariance.double() + little * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
