@@ -25,7 +25,7 @@ RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 Share = Annotated[float, Field(gt=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
-Scores = Literal["fisher", "magnitude", "random", "equal"]
+Scores = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
 
 class RunConfig(Frozen):
@@ -88,7 +88,9 @@ class RunConfig(Frozen):
     crop_pct: PositiveFloat | None = Field(default=None, description="Share of the resized image that the crop keeps.")
 
     # before and after the cut
-    scores: Scores = Field(default="fisher", description="What ranks the channels before the search.")
+    scores: Scores = Field(
+        default="auto", description="What ranks the channels; auto is innovation with a refit, fisher without."
+    )
     balance: bool = Field(default=True, description="Rotate each head to its balanced basis first.")
     refit: bool = Field(default=True, description="Refit the linears behind a cut in closed form.")
     refit_ridge: NonNegativeFloat = Field(
@@ -103,7 +105,10 @@ class RunConfig(Frozen):
     search_steps: NonNegativeInt = Field(
         default=60, description="Gate steps of the search; 0 plans from the scores alone."
     )
-    search_lr: PositiveFloat = Field(default=0.03, description="Learning rate of the gates.")
+    search_lr: PositiveFloat = Field(default=0.05, description="Learning rate of the gates.")
+    search_spread: PositiveFloat = Field(
+        default=8.0, description="Standard deviation of the first logits; the larger, the fewer gates are undecided."
+    )
     search_weight_lr: NonNegativeFloat = Field(
         default=0.0, description="Learning rate of the weights in the search; 0 freezes."
     )
@@ -139,6 +144,13 @@ class RunConfig(Frozen):
     seed: NonNegativeInt = Field(default=42, description="Seed of everything random.")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
+
+    @property
+    def ranking(self) -> Scores:
+        """What ranks the channels, `auto` resolved."""
+        if self.scores != "auto":
+            return self.scores
+        return "innovation" if self.refit else "fisher"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -95,7 +95,7 @@ class Run:
         candidates = {}
         if config.search_steps > 0:
             candidates["search"] = self._search(rotated, scores)
-        if config.search_steps == 0 or config.scores != "equal":  # equal scores are a start and no plan
+        if config.search_steps == 0 or config.ranking != "equal":  # equal scores are a start and no plan
             candidates["scores"] = scores
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
@@ -139,18 +139,19 @@ class Run:
 
     def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
-        if self.config.refit and self.config.scores == "fisher":
+        ranking = self.config.ranking
+        if ranking == "innovation":
             with self.stage("order"):
                 self.bases = innovation_bases(
                     model, self.purse.open_axes, self.purse.sites, self.parts.scoring, generator
                 )
         gates = self._gate_(model)
         with self.stage("score"):
-            if self.config.scores == "magnitude":
+            if ranking == "magnitude":
                 scores = magnitude_scores(model, gates)
-            elif self.config.scores == "random":
+            elif ranking == "random":
                 scores = random_scores(gates, generator)
-            elif self.config.scores == "equal":
+            elif ranking == "equal":
                 scores = equal_scores(gates)
             else:
                 scores = fisher_scores(model, gates, self.parts.scoring, generator)

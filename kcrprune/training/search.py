@@ -20,8 +20,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.training.loop import KernelWatch
 
-SPREAD = 1.5  # standard deviation of the first logits (a choice of ours: most gates start undecided, few saturate)
-LIMIT = 4.0  # largest first logit, so that no gate starts beyond the reach of its gradient
+LIMIT = 3.0  # largest first logit, in standard deviations, so that no gate starts beyond the reach of its gradient
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -54,7 +53,7 @@ def search_(
     `covariance` is that of the dense network's features.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    start_logits_(gates, scores)
+    scale = start_logits_(gates, scores, config.search_spread)
     shift_to_budget_(gates, dense_macs, config.target_flops)
     weights = [p for p in model.parameters() if all(p is not logits for logits in gates.parameters())]
     for weight in weights:
@@ -80,7 +79,7 @@ def search_(
         listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
     for weight in weights:
         weight.requires_grad_(True)
-    return Searched(learned_scores(gates), history)
+    return Searched(learned_scores(gates, scale), history)
 
 
 def _step_(
@@ -104,24 +103,26 @@ def _step_(
 
 
 @torch.no_grad()
-def start_logits_(gates: Gates, scores: Scores) -> None:
-    """Sets the logits to the standardised log of score for a MAC."""
+def start_logits_(gates: Gates, scores: Scores, spread: float) -> float:
+    """Sets the logits to the log of score for a MAC, scaled to a standard deviation of `spread`; returns that scale."""
     prices = []
     for site, axis, _ in gates:
         price = scores[site.name][axis].flatten().clamp_min(1e-30).log() - torch.tensor(channel_macs(site, axis)).log()
         prices.append(price)
     everything = torch.cat(prices)
-    middle, spread = everything.median(), everything.std().clamp_min(1e-6)
+    middle, deviation = everything.median(), float(everything.std())
+    scale = spread / deviation if deviation > 1e-6 else 1.0  # equal scores have none
     for price, (_, _, gate) in zip(prices, gates, strict=True):
-        gate.logits.copy_(((price - middle) / spread * SPREAD).clamp(-LIMIT, LIMIT))
+        gate.logits.copy_(((price - middle) * scale).clamp(-LIMIT * spread, LIMIT * spread))
+    return scale
 
 
 @torch.no_grad()
 def shift_to_budget_(gates: Gates, dense_macs: int, target: float) -> None:
     """Adds one constant to all logits, by bisection, so that the expected MACs are `target` of the dense ones."""
-    low, high = -30.0, 30.0
+    low, high = -100.0, 100.0
     originals = [gate.logits.clone() for _, _, gate in gates]
-    for _ in range(40):
+    for _ in range(50):
         middle = (low + high) / 2
         for original, (_, _, gate) in zip(originals, gates, strict=True):
             gate.logits.copy_(original + middle)
@@ -132,11 +133,11 @@ def shift_to_budget_(gates: Gates, dense_macs: int, target: float) -> None:
 
 
 @torch.no_grad()
-def learned_scores(gates: Gates) -> Scores:
-    """Logits as scores that the budget solver ranks alike: exp(logit) times the MACs of the channel."""
+def learned_scores(gates: Gates, scale: float = 1.0) -> Scores:
+    """Logits as scores again: exp(logit / scale) for each MAC of the channel."""
     found: dict[str, dict] = {site.name: {} for site in gates.sites}
     for site, axis, gate in gates:
-        score = gate.logits.double().exp() * channel_macs(site, axis)
+        score = (gate.logits.double() / scale).exp() * channel_macs(site, axis)
         found[site.name][axis] = gates.shaped(site, axis, score).cpu()
     return found
 

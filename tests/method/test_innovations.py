@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import sites
 from kcrprune.method.innovations import InnovationBasis, elimination_order
+from kcrprune.plan import Axis
 from kcrprune.surgery.gated import GatedLinear, add_gates_, remove_gates_
 from kcrprune.surgery.refit import NormalEquations
 from kcrprune.training.innovations import innovation_bases
@@ -119,7 +120,7 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("axes", [("mlp_hidden", "attn_query", "attn_value"), ("mlp_io", "mlp_hidden", "heads")])
-def test_open_gates_on_innovations_leave_and_return_the_network(tiny: Tiny, axes):
+def test_open_gates_on_innovations_leave_and_return_the_network(tiny: Tiny, axes: tuple[Axis, ...]):
     model, images = tiny.model(), tiny.images()
     expected = model(images)
     found = sites(model)

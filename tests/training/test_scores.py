@@ -85,7 +85,7 @@ def test_baseline_scores_have_the_shapes_of_the_fisher_ones(tiny: Tiny, kind: st
 
 def test_equal_scores_start_every_gate_undecided(tiny: Tiny):
     gates = add_gates_(tiny.model(), AXES)
-    start_logits_(gates, equal_scores(gates))
+    assert start_logits_(gates, equal_scores(gates), spread=8.0) == 1.0
     assert all((gate.logits == 0).all() for _, _, gate in gates)
 
 
