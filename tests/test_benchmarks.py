@@ -28,6 +28,8 @@ def scripts(monkeypatch):
         "fetch",
         "images",
         "kernel",
+        "kernel_tables",
+        "kernel_term",
         "peer_methods",
         "peer_row",
         "peer_table",
@@ -259,3 +261,95 @@ def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
     assert "| ViT | 0.9 | 2 of 2 | 1 | 0.00600 |" in told
     assert "- late misses at 0.9 (gap 0.00600): its cheapest channel is 0.01000 of its MACs" in told
     assert "- late: 0.845 is the least with attn_query; refused at 0.8, 0.7, 0.6, 0.5, 0.4" in told
+
+
+def kernel_row(seed, weight, **figures):
+    from kernel_tables import Cell, Row  # type: ignore[import-not-found]
+
+    kernel = {"kc": 0.03 + seed / 100, "kc_normalised": 0.02, "tnn_relative": 0.1, "effective_rank": 5.0}
+    plain = {
+        "macs_share": 0.35, "top1_dense": 80.0, "top1_cut": 60.0, "loss_cut": 1.2, "top1": 70.0 + seed, "loss": 0.9,
+        "train_images": 100, "train_top1": 75.0, "train_loss": 0.7, "kernel_before": kernel, "kernel": kernel,
+        "held_out_before": 1.2, "held_out_after": 0.9, "kept_step": 120, "chosen": "scores", "stages": {"load": 1.0},
+        "kept": {"mlp_hidden": {"blocks.0": {"width": 4, "indices": [seed, seed + 1]}}}, "seconds": 1.0,
+        "peak_memory_mib": 100.0,
+    }  # fmt: skip
+    return Row(cell=Cell("grid", "scores", 1.0, weight), seed=seed, **(plain | figures))
+
+
+def test_differences_pair_the_seeds_that_both_sides_have():
+    from kernel_tables import paired  # type: ignore[import-not-found]
+
+    seeds, mean, error = paired({0: 1.0, 1: 5.0, 7: 9.0}, {1: 2.0, 0: 0.0, 3: 9.0})
+    assert (seeds, mean) == (2, 2.0)
+    assert error == pytest.approx(np.std([1, 3], ddof=1) / np.sqrt(2))
+    assert paired({0: 3.0}, {0: 1.0}) == (1, 2.0, None)
+
+
+def test_overlap_of_random_plans_is_the_expected_one():
+    from kernel_tables import overlap  # type: ignore[import-not-found]
+
+    def plan(*sizes):
+        return {
+            str(number): {"width": 200, "indices": generator.permutation(200)[:size].tolist()}
+            for number, size in enumerate(sizes)
+        }
+
+    generator = np.random.default_rng(0)
+    one = plan(50, 120)
+    assert overlap(one, one)[0] == 1
+    found, expected = np.mean([overlap(plan(50, 120), plan(60, 20)) for _ in range(200)], axis=0)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert overlap({"a": {"width": 4, "indices": [0]}}, {"b": {"width": 4, "indices": [0]}}) == (0, 0)
+
+
+def test_rank_correlation_knows_ties():
+    from kernel_tables import ranks, spearman, without_means  # type: ignore[import-not-found]
+
+    assert ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1, 3.5, 2]
+    assert spearman([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [5, 4, 3]) == pytest.approx(-1)
+    assert spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+    assert without_means([1.0, 3.0, 7.0], [0, 0, 1]) == [-1, 1, 0]
+
+
+def test_tables_of_the_kernel_term_show_spread_and_difference():
+    from kernel_tables import to_markdown  # type: ignore[import-not-found]
+
+    rows = [kernel_row(0, 0.0), kernel_row(1, 0.0), kernel_row(0, 0.1, top1=71.0), kernel_row(1, 0.1, top1=74.0)]
+    text = to_markdown(rows, {"machine": "this one"})
+    assert "| scores | 0 | 1 | 2 | 0.3500 ± 0.0000 | 60.00 ± 0.00 | 70.50 ± 0.71 |" in text
+    assert "| scores | 0.1 | 1 | 2 | +2.00 ± 1.00 |" in text
+    assert "| scores | 0 | 1 | seeds | mlp_hidden | 1 | 0.333 | 0.333 |" in text
+    assert "| scores | 0.1 | 1 | with and without the term, one seed | mlp_hidden | 2 | 1.000 | 0.333 |" in text
+    assert "- machine: this one" in text
+    assert to_markdown(rows[:1], {})
+
+
+def test_few_images_are_as_many_of_every_class_and_nested(tmp_path):
+    from kernel_term import some_images  # type: ignore[import-not-found]
+
+    for part, count in (("train", 40), ("validation", 4)):
+        for index in range(count):
+            path = tmp_path / "all" / part / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+    names = {}
+    for share in (0.5, 0.1):
+        folder = some_images(tmp_path / "all", tmp_path / f"{share}", share, seed=3)
+        names[share] = {path.relative_to(folder) for path in folder.glob("train/*/*")}
+        assert [len(list(folder.glob(f"train/class{index}/*"))) for index in (0, 1)] == [20 * share] * 2
+        assert len(list(folder.glob("validation/*/*"))) == 4
+    assert names[0.1] < names[0.5]
+    other = some_images(tmp_path / "all", tmp_path / "other", 0.5, seed=4)
+    assert {path.relative_to(other) for path in other.glob("train/*/*")} != names[0.5]
+
+
+def test_a_seed_goes_through_the_whole_grid_and_the_strongest_term_sees_all_images():
+    from kernel_term import cells  # type: ignore[import-not-found]
+
+    grid = list(cells(("grid", "split"), with_split=False))
+    assert len(grid) == 16
+    assert [cell.share for cell in grid if cell.kernel_weight == 10] == [1.0]
+    assert [cell.search_split for cell in cells(("split",), with_split=True)] == [0.8, 0.7, 0.6]
