@@ -55,7 +55,8 @@ EXPLAINED = {
     "train": f"up to {TRAIN_IMAGES} of the images that the run trained on (none it held out), not augmented",
     "gap": "top-1 on those less top-1 on test images, in points; of the losses, test less train",
     "KC": "of the features of the calibration images; it depends on their number, so shares do not compare",
-    "held-out": "task loss on images that nothing trains on; it decides which weights and which plan are kept",
+    "held-out": "task loss on images that nothing trains on; recovery keeps the weights of its lowest one, and where "
+    "that is step 0, recovery changed nothing; between plans the distance to the dense network there decides",
     "scores": "the kernel term acts in recovery alone there, so its plans are the same with and without it",
     "correlations": "over all runs of a share; chance alone gives about ± 1 / sqrt(runs - 1)",
     "overlap": "Jaccard; channels of attn_query and attn_value are those of each run's own balanced basis, sorted by "
@@ -99,12 +100,13 @@ class Bench:
         return row_from(json.loads(path.read_text()))
 
     def _measured(self, cell: Cell, seed: int) -> Row:
-        folder = self.out / "run"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended
+        working = self.out / "working"
+        shutil.rmtree(working, ignore_errors=True)  # of a run that was ended
+        folder = working / "run"
         options = self.options(cell, seed)
         kcrprune.compress(self.checkpoint, out=folder, **options)
         row = read_run(folder, cell, seed, accuracy_in_training(folder, options))
-        shutil.rmtree(folder)
+        shutil.rmtree(working)
         return row
 
     def options(self, cell: Cell, seed: int) -> dict[str, Any]:
