@@ -1,4 +1,4 @@
-"""Trains the small Swin and the small distilled DeiT that the benchmarks compress: CIFAR-10, 32 px, PyTorch and timm.
+"""Trains the small ViT, distilled DeiT and Swin that the benchmarks compress: CIFAR-10, 32 px, PyTorch and timm.
 
     python docs/benchmarks/train.py swin --data CACHE/cifar10 --teacher VIT.safetensors --out swin_cifar10.safetensors
 
@@ -30,7 +30,7 @@ log = logging.getLogger("train")
 
 
 def inputs_of(images: Tensor) -> Tensor:
-    """Images in 0..255 as the two networks take them."""
+    """Images in 0..255 as the small networks take them."""
     return normalised(images, CIFAR_MEAN, CIFAR_STD)
 
 
@@ -66,6 +66,10 @@ ARCHITECTURES = {
             "drop_path_rate": 0.0,
             "num_classes": 10,
         },
+    ),
+    "tiny_vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10},
     ),
 }
 
