@@ -86,10 +86,11 @@ class ModelReport(Frozen):
 
 
 class StageTime(Frozen):
-    """How long one stage of a run took."""
+    """What one stage of a run cost."""
 
     stage: str
     seconds: NonNegativeFloat
+    peak_memory_mib: NonNegativeFloat | None = None  # largest resident memory of the process by the stage's end
 
 
 class Comparison(Frozen):

@@ -92,10 +92,15 @@ def _width(block: BlockWidths, axis: Axis) -> str:
 
 
 def stage_table(stages: Sequence[StageTime]) -> Table:
-    """How long each stage took, and all of them."""
-    rows = [(stage.stage, tables.duration(stage.seconds)) for stage in stages]
-    total = ("all", tables.duration(sum(stage.seconds for stage in stages)))
-    return Table("Stages", ("stage", "time"), (*rows, total))
+    """How long each stage took and how much memory the process had needed by its end."""
+    rows = [(stage.stage, tables.duration(stage.seconds), _memory(stage.peak_memory_mib)) for stage in stages]
+    peaks = [stage.peak_memory_mib for stage in stages if stage.peak_memory_mib is not None]
+    total = ("all", tables.duration(sum(stage.seconds for stage in stages)), _memory(max(peaks, default=None)))
+    return Table("Stages", ("stage", "time", "peak memory"), (*rows, total))
+
+
+def _memory(mebibytes: float | None) -> str:
+    return ABSENT if mebibytes is None else tables.file_size(round(mebibytes * 2**20))
 
 
 def accuracy_table(comparison: Comparison) -> Table:

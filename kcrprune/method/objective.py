@@ -4,6 +4,7 @@ L = task + kernel_weight * TNN. `task` is cross-entropy with labels (the paper),
 network (ours), or both. The budget is not a loss here: it is met by construction (see budget).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Loss:
 class Objective:
     """What search and recovery minimise; `basis` (d, r) is refreshed by whoever trains."""
 
-    dense: nn.Module
+    dense: Callable[[Tensor], Tensor]
     use_labels: bool
     use_dense: bool
     kernel_weight: float
@@ -58,7 +59,7 @@ class Objective:
             parts["labels"] = F.cross_entropy(output, labels, ignore_index=UNLABELLED, label_smoothing=self.smoothing)
         if self.use_dense:
             with torch.no_grad():
-                wanted = self.dense(images).float()
+                wanted = self.dense(images).to(output)
             distance = logit_distance if classifiers(model) else feature_distance
             parts["distill"] = distance(output, wanted, self.temperature)
         return parts

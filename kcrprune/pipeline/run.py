@@ -24,6 +24,7 @@ from kcrprune.method.innovations import InnovationBasis
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.pipeline.parts import divide
+from kcrprune.pipeline.runs import peak_memory_mib
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.expanded import expand_
@@ -33,7 +34,7 @@ from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.innovations import innovation_bases
-from kcrprune.training.loop import endless, feature_covariance, make_objective, mean_loss, open_accelerator
+from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
@@ -125,7 +126,7 @@ class Run:
         start = perf_counter()
         yield
         seconds = perf_counter() - start
-        self.stages.append(StageTime(stage=name, seconds=seconds))
+        self.stages.append(StageTime(stage=name, seconds=seconds, peak_memory_mib=peak_memory_mib()))
         self.listener(StageEnded(name, seconds))
 
     def _evaluate(self, model: Predict, reference: Predict | None) -> Accuracy | None:
@@ -192,14 +193,15 @@ class Run:
 
     def _cut(self, rotated: nn.Module, candidates: dict[str, Scores]) -> tuple[ChannelPlan, nn.Module]:
         """Cuts and refits by every candidate's scores; the one that stays closest to the dense network wins."""
-        objective = make_objective(self.config, self.dense, labelled=False)
+        distance = make_objective(self.config.model_copy(update={"task": "distill"}), self.dense, labelled=False)
+        measure = HeldOut(distance, self.parts.held_out, self.accelerator.device)
         losses, results = {}, {}
         for name, scores in candidates.items():
             plan = solve(self.purse, scores, self.config.target_flops, self.opened.architecture.name)
             pruned = apply_plan_(copy.deepcopy(rotated), plan)
             if self.config.refit:
                 self._refit(pruned, plan, name)
-            losses[name] = mean_loss(objective, pruned, self.parts.held_out, self.accelerator.device)
+            losses[name] = measure.loss(pruned)
             results[name] = plan, pruned
         best = min(losses, key=lambda name: losses[name])
         self.decisions["plans"] = {"held_out_distillation": losses, "chosen": best}

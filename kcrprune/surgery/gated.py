@@ -79,7 +79,7 @@ def add_gates_(
     by_site = {}
     for site in sites:
         if is_open(site, include, exclude):
-            allowed = [axis for axis in axes if axis in site.axes]
+            allowed: list[Axis] = [axis for axis in axes if axis in site.axes]
             by_site[site.name] = _gate_block_(model, site, allowed, device, bases or {})
     return Gates(sites, by_site)
 

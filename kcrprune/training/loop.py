@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from kcrprune.errors import ConfigError
 from kcrprune.families import FeatureTap
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
+from kcrprune.training.evaluate import Remembered
 
 
 def open_accelerator(device: str, precision: str) -> Accelerator:
@@ -112,13 +114,24 @@ def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Ob
     )
 
 
-@torch.no_grad()
-def mean_loss(objective: Objective, model: nn.Module, batches: DataLoader, device: torch.device) -> float:
-    """Mean task loss of `model` in eval mode, without the kernel term."""
-    total, images = 0.0, 0
-    for inputs, labels in batches:
-        loss = objective(model, inputs.to(device), labels.to(device))
-        parts = {name: part for name, part in loss.parts.items() if name in ("labels", "distill")}
-        total += sum(parts.values()) * len(inputs)
-        images += len(inputs)
-    return total / max(1, images)
+class HeldOut:
+    """Images that decide between networks: the mean task loss on them, without the kernel term.
+
+    The dense network runs over them once, however many networks are compared.
+    """
+
+    def __init__(self, objective: Objective, batches: DataLoader, device: torch.device) -> None:
+        self.dense = Remembered(objective.dense)
+        self.objective = replace(objective, dense=self.dense, basis=None)
+        self.batches, self.device = batches, device
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Mean over the images, of `model` in eval mode."""
+        self.dense.rewind_()
+        total, images = 0.0, 0
+        for inputs, labels in self.batches:
+            loss = self.objective(model.eval(), inputs.to(self.device), labels.to(self.device))
+            total += float(loss.total) * len(inputs)
+            images += len(inputs)
+        return total / max(1, images)

@@ -14,7 +14,7 @@ from kcrprune.config import RunConfig
 from kcrprune.events import Listener, StepDone
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
-from kcrprune.training.loop import KernelWatch, mean_loss
+from kcrprune.training.loop import HeldOut, KernelWatch
 
 CHECKS = 4  # how often the held-out loss is looked at
 
@@ -50,7 +50,8 @@ def recover_(
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps))
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    best, best_step = mean_loss(objective, model.eval(), held_out, device), 0
+    measure = HeldOut(objective, held_out, device)
+    best, best_step = measure.loss(model), 0
     before, kept, history = best, copy.deepcopy(model.state_dict()), []
     for step in range(1, steps + 1):
         model.train()
@@ -64,7 +65,7 @@ def recover_(
         schedule.step()
         figures = loss.parts | watch.see_(loss.features)
         if step % max(1, steps // CHECKS) == 0 or step == steps:
-            figures["held_out"] = mean_loss(objective, model.eval(), held_out, device)
+            figures["held_out"] = measure.loss(model)
             if figures["held_out"] < best:
                 best, best_step, kept = figures["held_out"], step, copy.deepcopy(model.state_dict())
         history.append({"step": step} | figures)

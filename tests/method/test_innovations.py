@@ -124,7 +124,7 @@ def test_open_gates_on_innovations_leave_and_return_the_network(tiny: Tiny, axes
     model, images = tiny.model(), tiny.images()
     expected = model(images)
     found = sites(model)
-    open_axes = {site.name: [axis for axis in axes if axis in site.axes] for site in found}
+    open_axes: dict[str, list[Axis]] = {site.name: [a for a in site.axes if a in axes] for site in found}
     before = copy.deepcopy(model.state_dict())
     bases = innovation_bases(model, open_axes, found, [tiny.images(16)], torch.Generator().manual_seed(0))
     assert all(parameter.grad is None for parameter in model.parameters())
