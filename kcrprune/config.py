@@ -103,7 +103,7 @@ class RunConfig(Frozen):
 
     # search and recovery
     search_steps: NonNegativeInt = Field(
-        default=60, description="Gate steps of the search; 0 plans from the scores alone."
+        default=0, description="Gate steps of a search from the scores on; 0 plans from the scores alone."
     )
     search_lr: PositiveFloat = Field(default=0.05, description="Learning rate of the gates.")
     search_spread: PositiveFloat = Field(
@@ -126,6 +126,9 @@ class RunConfig(Frozen):
     weight_decay: NonNegativeFloat = Field(default=0.05, description="Weight decay of the recovery.")
     warmup_steps: NonNegativeInt = Field(default=10, description="Linear warm-up of the recovery.")
     clip_grad: PositiveFloat = Field(default=1.0, description="Largest gradient norm.")
+    keep_best: bool = Field(
+        default=True, description="End the recovery with the weights that did best on held-out images, not the last."
+    )
 
     # the losses
     task: Literal["auto", "labels", "distill"] = Field(

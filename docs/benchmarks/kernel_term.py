@@ -4,8 +4,8 @@
 
 `grid` compresses one network to one target with plans from the scores alone and from the search, with several weights
 of the kernel term, on all training images, a tenth and a hundredth of them. `split` runs the paper's recipe with
-different shares of the images for the gates. Everything else is the tool's default, the rule included that recovery
-keeps the weights which did best on held-out images.
+different shares of the images for the gates. Recovery of the grid learns from labels alone and runs to its last step,
+so that a generalisation term has something to act on; everything else is the tool's default.
 
 Seeds are the outer loop, so a measurement that was ended holds whole grids of fewer seeds. Every finished run leaves
 its figures below RESULTS/rows and is not repeated; its folder is deleted. The tables are RESULTS/kernel_term.md, the
@@ -55,8 +55,10 @@ EXPLAINED = {
     "train": f"up to {TRAIN_IMAGES} of the images that the run trained on (none it held out), not augmented",
     "gap": "top-1 on those less top-1 on test images, in points; of the losses, test less train",
     "KC": "of the features of the calibration images; it depends on their number, so shares do not compare",
-    "held-out": "task loss on images that nothing trains on; recovery keeps the weights of its lowest one, and where "
-    "that is step 0, recovery changed nothing; between plans the distance to the dense network there decides",
+    "held-out": "task loss on images that nothing trains on; between plans the distance to the dense network there "
+    "decides",
+    "recovery": "with labels alone, and to its last step, so that there is an excess over the training images for the "
+    "term to act on; by default kcrprune distils and keeps the weights that do best on held-out images",
     "scores": "the kernel term acts in recovery alone there, so its plans are the same with and without it",
     "correlations": "over all runs of a share; chance alone gives about ± 1 / sqrt(runs - 1)",
     "overlap": "Jaccard; channels of attn_query and attn_value are those of each run's own balanced basis, sorted by "
@@ -129,6 +131,8 @@ class Bench:
             "search_steps": protocol.search_steps if cell.method == "search" else 0,
             "recover_steps": protocol.recover_steps,
             "lr": protocol.lr,
+            "task": "labels",
+            "keep_best": False,
         }
 
     def images(self, share: float, seed: int) -> Path:
@@ -262,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--parts", nargs="+", default=(GRID, SPLIT), choices=(GRID, SPLIT))
     found.add_argument("--search-steps", type=int, default=60, help="of the grid")
     found.add_argument("--recover-steps", type=int, default=120, help="of the grid")
-    found.add_argument("--lr", type=float, default=1e-4, help="of recovery in the grid")
+    found.add_argument("--lr", type=float, default=2e-4, help="of recovery in the grid")
     found.add_argument("--split-steps", type=int, default=100, help="of search and of recovery in the split")
     return found
 

@@ -1,4 +1,4 @@
-"""Recovery: trains the pruned model with its structure fixed, and keeps it only where it got better."""
+"""Recovery: trains the pruned model with its structure fixed, and keeps it where it got better."""
 
 import copy
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ CHECKS = 4  # how often the held-out loss is looked at
 
 @dataclass(frozen=True)
 class Recovered:
-    """Held-out task loss before and after, the step whose weights were kept (0: none was better), the course."""
+    """Held-out task loss before and after, the step whose weights were kept (0: the first ones), the course."""
 
     loss_before: float
     loss_after: float
@@ -42,6 +42,8 @@ def recover_(
     listener: Listener,
 ) -> Recovered:
     """Trains `model` for `steps` steps; it ends with the weights that did best on `held_out`, its first ones included.
+
+    Without `config.keep_best` it ends with the last weights.
 
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
     above 5e-5, hence the small default and the look back.
@@ -66,7 +68,7 @@ def recover_(
         figures = loss.parts | watch.see_(loss.features)
         if step % max(1, steps // CHECKS) == 0 or step == steps:
             figures["held_out"] = measure.loss(model)
-            if figures["held_out"] < best:
+            if figures["held_out"] < best or (step == steps and not config.keep_best):
                 best, best_step, kept = figures["held_out"], step, copy.deepcopy(model.state_dict())
         history.append({"step": step} | figures)
         listener(StepDone("recover", step, figures))

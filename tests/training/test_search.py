@@ -124,10 +124,11 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
     assert total == pytest.approx(found.loss_after, rel=1e-4)
 
 
-def test_a_rate_that_ruins_the_network_leaves_it_as_it_was(tiny_vit: Tiny):
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(tiny_vit: Tiny, keep_best: bool):
     dense = tiny_vit.model()
     model = copy.deepcopy(dense)
-    config = CONFIG.model_copy(update={"lr": 10.0, "task": "distill", "warmup_steps": 0})
+    config = CONFIG.model_copy(update={"lr": 10.0, "task": "distill", "warmup_steps": 0, "keep_best": keep_best})
     found = recover_(
         model,
         make_objective(config, dense, labelled=True),
@@ -139,8 +140,9 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was(tiny_vit: Tiny):
         steps=4,
         listener=lambda event: None,
     )
-    assert found.kept_step == 0
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in dense.state_dict().items())
+    assert found.kept_step == (0 if keep_best else 4)
+    same = all(torch.equal(value, model.state_dict()[name]) for name, value in dense.state_dict().items())
+    assert same == keep_best
 
 
 def test_the_parts_of_the_loss_add_up(tiny_vit: Tiny):
