@@ -271,6 +271,7 @@ def kernel_row(seed, weight, **figures):
         "macs_share": 0.35, "top1_dense": 80.0, "top1_cut": 60.0, "loss_cut": 1.2, "top1": 70.0 + seed, "loss": 0.9,
         "train_images": 100, "train_top1": 75.0, "train_loss": 0.7, "kernel_before": kernel, "kernel": kernel,
         "held_out_before": 1.2, "held_out_after": 0.9, "kept_step": 120, "chosen": "scores", "stages": {"load": 1.0},
+        "uncorrected": {"scores": 0.3}, "distances": {"scores": 0.01},
         "kept": {"mlp_hidden": {"blocks.0": {"width": 4, "indices": [seed, seed + 1]}}}, "seconds": 1.0,
         "peak_memory_mib": 100.0,
     }  # fmt: skip

@@ -57,6 +57,8 @@ class Row:
     held_out_after: float
     kept_step: int
     chosen: str  # the plan that was kept: search or scores
+    uncorrected: Mapping[str, float]  # distance to the dense network by plan, after the cut and before the refit
+    distances: Mapping[str, float]  # the same after the refit
     kept: Mapping[str, Groups]  # by axis
     stages: Mapping[str, float]  # seconds
     seconds: float
@@ -172,6 +174,7 @@ def to_markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
             _cells("Accuracy", grid, ACCURACY),
             _cells("Kernel complexity", grid, KERNEL),
             _cells("Held-out loss and kept plan", grid, COURSE, ("plan kept", _chosen)),
+            _plans(grid),
             _differences(grid),
             _correlations(grid),
             _stability("Kept channels over seeds", grid),
@@ -223,6 +226,25 @@ def _chosen(rows: Sequence[Row]) -> str:
 
 def _top1_range(rows: Sequence[Row]) -> str:
     return f"{min(row.top1 for row in rows):.2f} to {max(row.top1 for row in rows):.2f}"
+
+
+def _plans(rows: Sequence[Row]) -> Table:
+    """How near the plans of the scores and of the search come to the dense network, where both were cut."""
+    lines = []
+    for cell, members in by_cell([row for row in rows if len(row.distances) > 1]).items():
+        texts = [
+            _with_error("{:.3g}", *mean_and_deviation([getattr(row, kind)[plan] for row in members]))
+            for kind in ("uncorrected", "distances")
+            for plan in ("scores", "search")
+        ]
+        sides = ({row.seed: row.distances[plan] for row in members} for plan in ("search", "scores"))
+        seeds, mean, error = paired(*sides)
+        lines.append((*_label(cell), str(seeds), *texts, _with_error("{:.2g}", mean, error, sign="+")))
+    header = (
+        "method", "kernel weight", "share of images", "seeds", "scores, before refit", "search, before refit",
+        "scores, refitted", "search, refitted", "search minus scores, ± standard error",
+    )  # fmt: skip
+    return Table("Distance to the dense network of the two plans", header, tuple(lines))
 
 
 def _differences(rows: Sequence[Row]) -> Table:

@@ -197,6 +197,8 @@ def read_run(folder: Path, cell: Cell, seed: int, training: Evaluation) -> Row:
         held_out_after=recovery["held_out_after"],
         kept_step=recovery["kept_step"],
         chosen=record["decisions"]["plans"]["chosen"],
+        uncorrected=record["decisions"]["plans"]["before_refit"],
+        distances=record["decisions"]["plans"]["held_out_distillation"],
         kept=kept_channels(ChannelPlan.model_validate(plan)),
         stages=record["stages"],
         seconds=sum(record["stages"].values()),

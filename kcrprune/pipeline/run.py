@@ -195,16 +195,17 @@ class Run:
         """Cuts and refits by every candidate's scores; the one that stays closest to the dense network wins."""
         distance = make_objective(self.config.model_copy(update={"task": "distill"}), self.dense, labelled=False)
         measure = HeldOut(distance, self.parts.held_out, self.accelerator.device)
-        losses, results = {}, {}
+        uncorrected, losses, results = {}, {}, {}
         for name, scores in candidates.items():
             plan = solve(self.purse, scores, self.config.target_flops, self.opened.architecture.name)
             pruned = apply_plan_(copy.deepcopy(rotated), plan)
             if self.config.refit:
+                uncorrected[name] = measure.loss(pruned)
                 self._refit(pruned, plan, name)
             losses[name] = measure.loss(pruned)
             results[name] = plan, pruned
         best = min(losses, key=lambda name: losses[name])
-        self.decisions["plans"] = {"held_out_distillation": losses, "chosen": best}
+        self.decisions["plans"] = {"before_refit": uncorrected, "held_out_distillation": losses, "chosen": best}
         if len(losses) > 1:
             figures = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             self._say(f"held-out distance to the dense network by plan: {figures}; kept: {best}")
