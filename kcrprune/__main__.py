@@ -1,4 +1,4 @@
-"""`python -m kcrprune`, also under torchrun and accelerate launch."""
+"""`python -m kcrprune`."""
 
 from kcrprune.cli import main
 

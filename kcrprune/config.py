@@ -119,7 +119,7 @@ class RunConfig(Frozen):
     temperature_floor: PositiveFloat = Field(default=0.3, description="Last temperature of the gates.")
     recover_steps: NonNegativeInt = Field(default=60, description="Training steps after the cut.")
     epochs: PositiveInt | None = Field(
-        default=None, description="Length of search and of recovery in epochs, instead of steps."
+        default=None, description="Length of search and of recovery in epochs, instead of steps, where they have any."
     )
     batch_size: PositiveInt = Field(default=32, description="Images in a training step.")
     lr: PositiveFloat = Field(default=2e-5, description="Learning rate of the recovery.")
@@ -161,6 +161,10 @@ class RunConfig(Frozen):
             raise ValueError("axes: name at least one axis, and each once")
         if self.temperature_floor > self.temperature:
             raise ValueError(f"temperature_floor {self.temperature_floor} is above temperature {self.temperature}")
+        if self.scores == "innovation" and not self.refit:
+            raise ValueError("scores innovation price what a refit makes up for, and refit is off; choose fisher")
+        if self.scores == "equal" and self.search_steps == 0:
+            raise ValueError("scores equal rank nothing by themselves; give search_steps, or choose other scores")
         return self
 
 

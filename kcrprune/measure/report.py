@@ -86,7 +86,7 @@ class ModelReport(Frozen):
 
 
 class StageTime(Frozen):
-    """What one stage of a run cost."""
+    """When one stage of a run ended: how long it took, and what memory the process had needed so far."""
 
     stage: str
     seconds: NonNegativeFloat

@@ -96,7 +96,7 @@ def stage_table(stages: Sequence[StageTime]) -> Table:
     rows = [(stage.stage, tables.duration(stage.seconds), _memory(stage.peak_memory_mib)) for stage in stages]
     peaks = [stage.peak_memory_mib for stage in stages if stage.peak_memory_mib is not None]
     total = ("all", tables.duration(sum(stage.seconds for stage in stages)), _memory(max(peaks, default=None)))
-    return Table("Stages", ("stage", "time", "peak memory"), (*rows, total))
+    return Table("Stages", ("stage", "time", "peak memory so far"), (*rows, total))
 
 
 def _memory(mebibytes: float | None) -> str:

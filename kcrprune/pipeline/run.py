@@ -20,7 +20,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
 from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
 from kcrprune.method.gates import Gates
-from kcrprune.method.innovations import InnovationBasis
+from kcrprune.method.innovations import Innovations
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.pipeline.parts import divide
@@ -33,7 +33,7 @@ from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
-from kcrprune.training.innovations import innovation_bases
+from kcrprune.training.innovations import innovations_of
 from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
@@ -50,7 +50,7 @@ class Run:
     histories: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     decisions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    bases: dict[str, InnovationBasis] = field(default_factory=dict)  # by linear; what scores and gates act on
+    innovations: dict[str, Innovations] = field(default_factory=dict)  # by linear; what gates act on
 
     def load(self, checkpoint: Path) -> None:
         """Opens the network and the images; refuses what cannot work."""
@@ -98,6 +98,7 @@ class Run:
             candidates["search"] = self._search(rotated, scores)
         if config.search_steps == 0 or config.ranking != "equal":  # equal scores are a start and no plan
             candidates["scores"] = scores
+        self.innovations = {}  # large, and of no more use
         plan, pruned = self._cut(rotated, candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
@@ -136,14 +137,16 @@ class Run:
 
     def _gate_(self, model: nn.Module) -> Gates:
         config = self.config
-        return add_gates_(model, config.axes, include=config.include, exclude=config.exclude, bases=self.bases)
+        return add_gates_(
+            model, config.axes, include=config.include, exclude=config.exclude, innovations=self.innovations
+        )
 
     def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
         ranking = self.config.ranking
         if ranking == "innovation":
             with self.stage("order"):
-                self.bases = innovation_bases(
+                self.innovations = innovations_of(
                     model, self.purse.open_axes, self.purse.sites, self.parts.scoring, generator
                 )
         gates = self._gate_(model)
@@ -205,7 +208,12 @@ class Run:
             losses[name] = measure.loss(pruned)
             results[name] = plan, pruned
         best = min(losses, key=lambda name: losses[name])
-        self.decisions["plans"] = {"before_refit": uncorrected, "held_out_distillation": losses, "chosen": best}
+        self.decisions["plans"] = {
+            "ranking": self.config.ranking,
+            "before_refit": uncorrected,
+            "held_out_distillation": losses,
+            "chosen": best,
+        }
         if len(losses) > 1:
             figures = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
             self._say(f"held-out distance to the dense network by plan: {figures}; kept: {best}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import BlockSite, family_of
 from kcrprune.method.gates import ChannelGate, Gates, QkvGate
-from kcrprune.method.innovations import InnovationBasis
+from kcrprune.method.innovations import Innovations
 from kcrprune.plan import Axis, BlockPlan, ChannelPlan
 from kcrprune.surgery.pruned import head_rows
 from kcrprune.surgery.swap import linear_at, swap_
@@ -17,7 +17,8 @@ from kcrprune.surgery.swap import linear_at, swap_
 class GatedLinear(nn.Linear):
     """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one.
 
-    With a `basis` the gates act on the innovations of the inputs, so that closing them is a cut with its refit.
+    With `innovations` the gates act on those of the inputs, so that closing them along their order is a cut with its
+    refit. They belong to the network as it is: where its weights train on, they age.
     """
 
     def __init__(
@@ -26,26 +27,29 @@ class GatedLinear(nn.Linear):
         *,
         in_gate: nn.Module | None = None,
         out_gate: nn.Module | None = None,
-        basis: InnovationBasis | None = None,
+        innovations: Innovations | None = None,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.in_gate, self.out_gate = in_gate, out_gate
-        self.basis = basis
+        self.innovations = innovations
 
     def forward(self, input: Tensor) -> Tensor:
-        """out_gate * (W (in_gate * input) + b), or out_gate * (W (mean + B (in_gate * A (input - mean))) + b)."""
+        """out_gate * (W (in_gate * input) + b), or out_gate * (W input + b - W B ((1 - in_gate) * innovations))."""
         if self.in_gate is None:
             output = super().forward(input)
-        elif self.basis is None:
+        elif self.innovations is None:
             output = super().forward(_times(input, self.in_gate()))
         else:
-            analysis, mean = self.basis.analysis, self.basis.mean
-            innovations = nn.functional.linear(input, analysis, -(analysis @ mean))
-            at_mean = nn.functional.linear(mean, self.weight, self.bias)
-            weight = self.weight @ self.basis.synthesis
-            output = nn.functional.linear(_times(innovations, self.in_gate()), weight, at_mean)
+            output = super().forward(input)
+            output = output - self._closed(input, 1 - self.in_gate(), self.innovations).to(output.dtype)
         return output if self.out_gate is None else _times(output, self.out_gate())
+
+    def _closed(self, input: Tensor, closed: Tensor, innovations: Innovations) -> Tensor:
+        """What the closed gates hold back of the output; in float32, since A and B are no well-conditioned matrices."""
+        with torch.autocast(input.device.type, enabled=False):
+            held = _times(nn.functional.linear(input.float() - innovations.mean, innovations.analysis), closed)
+            return nn.functional.linear(held, self.weight.float() @ innovations.synthesis)
 
 
 def _times(x: Tensor, gate: Tensor) -> Tensor:
@@ -68,11 +72,11 @@ def add_gates_(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    bases: Mapping[str, InnovationBasis] | None = None,
+    innovations: Mapping[str, Innovations] | None = None,
 ) -> Gates:
     """Puts gates on the axes that each open block allows; all gates start open, and the output is unchanged.
 
-    `bases` by name of a linear: its gates act on innovations (fc2 for `mlp_hidden`, proj for `attn_value`).
+    `innovations` by name of a linear: its gates act on them (fc2 for `mlp_hidden`, proj for `attn_value`).
     """
     sites = family_of(model).sites(model)
     device = next(model.parameters()).device
@@ -80,7 +84,7 @@ def add_gates_(
     for site in sites:
         if is_open(site, include, exclude):
             allowed: list[Axis] = [axis for axis in axes if axis in site.axes]
-            by_site[site.name] = _gate_block_(model, site, allowed, device, bases or {})
+            by_site[site.name] = _gate_block_(model, site, allowed, device, innovations or {})
     return Gates(sites, by_site)
 
 
@@ -89,18 +93,21 @@ def _gate_block_(
     site: BlockSite,
     axes: Sequence[Axis],
     device: torch.device,
-    bases: Mapping[str, InnovationBasis],
+    innovations: Mapping[str, Innovations],
 ) -> dict[Axis, ChannelGate]:
     gates: dict[Axis, ChannelGate] = {axis: ChannelGate(axis_channels(site, axis), device) for axis in axes}
     io, hidden = gates.get("mlp_io"), gates.get("mlp_hidden")
     if io is not None:
         swap_(model, site.fc1, GatedLinear(linear_at(model, site.fc1), in_gate=io))
     if io is not None or hidden is not None:
-        fc2 = GatedLinear(linear_at(model, site.fc2), in_gate=hidden, out_gate=io, basis=bases.get(site.fc2))
+        fc2 = GatedLinear(
+            linear_at(model, site.fc2), in_gate=hidden, out_gate=io, innovations=innovations.get(site.fc2)
+        )
         swap_(model, site.fc2, fc2)
     query, value, heads = gates.get("attn_query"), gates.get("attn_value"), gates.get("heads")
-    if value is not None and site.proj in bases:
-        swap_(model, site.proj, GatedLinear(linear_at(model, site.proj), in_gate=value, basis=bases[site.proj]))
+    if value is not None and site.proj in innovations:
+        proj = GatedLinear(linear_at(model, site.proj), in_gate=value, innovations=innovations[site.proj])
+        swap_(model, site.proj, proj)
         value = None
     if query is not None or value is not None or heads is not None:
         gate = QkvGate(query, value, heads, site.head_dim)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kcrprune.families import BlockSite
 from kcrprune.plan import BlockPlan, ChannelPlan
 from kcrprune.surgery.swap import layer_scale_at, linear_at
+from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 
@@ -69,8 +70,8 @@ def refit_(
     `sites` are those of the dense model. Memory: two residual streams of all images.
     """
     device = next(pruned.parameters()).device
-    dense_streams = [_input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
-    cut_streams = [_input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
+    dense_streams = [input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
+    cut_streams = [input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
     for done, (site, block) in enumerate(zip(sites, plan.blocks, strict=True), start=1):
         for name in site.entry:
             _advance_(dense.get_submodule(name), dense_streams, device)
@@ -110,10 +111,10 @@ class _BlockPair:
         sums = NormalEquations.for_linear(proj)
         for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
             stream = cut_stream.to(self.device)
-            z = _input_of(self.cut, f"{self.site.attn}.proj", stream)
-            target = _input_of(self.dense, self.site.norm2, dense_stream.to(self.device))
-            wanted = self._as_attention_sees(target.view_as(stream) - stream)
-            real = self._as_attention_sees(torch.ones_like(stream)).flatten(0, -2)[:, 0] > 0  # no window padding
+            z = input_of(self.cut, f"{self.site.attn}.proj", stream)
+            target = input_of(self.dense, self.site.norm2, dense_stream.to(self.device))
+            wanted = as_attention_sees(self.cut, self.site, target.view_as(stream) - stream)
+            real = real_tokens(self.cut, self.site, stream)
             sums.add_(proj, z.flatten(0, -2)[real], wanted.flatten(0, -2)[real] / gamma)
         _correct_(proj, sums, self.ridge)
 
@@ -123,9 +124,9 @@ class _BlockPair:
         hidden = torch.tensor(self.block.mlp_hidden.indices, device=self.device)
         sums = NormalEquations.for_linear(fc1)
         for dense_stream, stream in zip(dense_in, cut_in, strict=True):
-            z = _input_of(self.cut, f"{self.site.mlp}.fc1", stream.to(self.device))
+            z = input_of(self.cut, f"{self.site.mlp}.fc1", stream.to(self.device))
             y = linear_at(self.dense, f"{self.site.mlp}.fc1")(
-                _input_of(self.dense, f"{self.site.mlp}.fc1", dense_stream.to(self.device))
+                input_of(self.dense, f"{self.site.mlp}.fc1", dense_stream.to(self.device))
             )
             sums.add_(fc1, z.flatten(0, -2)[:, io], y.flatten(0, -2)[:, hidden])
         _correct_(fc1, sums, self.ridge)
@@ -137,20 +138,11 @@ class _BlockPair:
         sums = NormalEquations.for_linear(fc2)
         for target, stream in zip(dense_out, cut_in, strict=True):
             stream = stream.to(self.device)
-            z = _input_of(self.cut, f"{self.site.mlp}.fc2", stream)
-            middle = _input_of(self.cut, self.site.norm2, stream)
+            z = input_of(self.cut, f"{self.site.mlp}.fc2", stream)
+            middle = input_of(self.cut, self.site.norm2, stream)
             wanted = (target.to(self.device).view_as(middle) - middle) / gamma
             sums.add_(fc2, z.flatten(0, -2), wanted.flatten(0, -2)[:, io])
         _correct_(fc2, sums, self.ridge)
-
-    def _as_attention_sees(self, stream: Tensor) -> Tensor:
-        """A stream in the order of attention's tokens (windowed, shifted, padded), without the norm before it."""
-        norm = self.cut.get_submodule(self.site.norm1)
-        hook = norm.register_forward_hook(lambda module, inputs, output: inputs[0])
-        try:
-            return _input_of(self.cut, self.site.attn, stream)
-        finally:
-            hook.remove()
 
     def _layer_scale(self, name: str | None) -> Tensor:
         """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
@@ -158,28 +150,6 @@ class _BlockPair:
             return torch.ones((), device=self.device)
         gamma = layer_scale_at(self.cut, name)
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass at the module whose input was wanted."""
-
-
-def _input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """What the module `name` receives when `model` runs on x; the rest of the pass is skipped."""
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        raise _ReachedError
-
-    hook = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        model(x)
-    except _ReachedError:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
 
 
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:

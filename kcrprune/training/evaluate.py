@@ -63,7 +63,7 @@ def evaluate(
     start = time.perf_counter()
     listener(StageStarted(STAGE, _length(loader)))
     totals = _Totals()
-    with _evaluating(predict), _evaluating(reference):
+    with evaluating(predict), evaluating(reference):
         for step, (images, labels) in enumerate(loader, start=1):
             logits = _logits(predict, images)
             totals.add_labels_(logits, labels)
@@ -135,7 +135,7 @@ def _same(logits: Tensor, others: Tensor) -> int:
 
 
 @contextmanager
-def _evaluating(network: object) -> Iterator[None]:
+def evaluating(network: object) -> Iterator[None]:
     """Eval mode, and afterwards the mode that was before."""
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     before = [module.training for module in modules]

@@ -1,59 +1,69 @@
-"""The innovation bases of the linears that a refit will correct, from the network's own statistics on images."""
+"""The innovations of the linears that a refit will correct, from the network's own statistics on images.
+
+Letters: I inputs, O outputs of a linear, n tokens of a batch.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune.families import BlockSite
-from kcrprune.method.innovations import InnovationBasis, elimination_order
+from kcrprune.method.innovations import Innovations, elimination_order
 from kcrprune.plan import Axis
 from kcrprune.surgery.swap import linear_at
+from kcrprune.surgery.tokens import input_of, real_tokens
 from kcrprune.training.scores import sampled_loss
 
 
-@dataclass
 class LinearMoments:
-    """Sums over the tokens of all images of one linear's inputs, and of the gradients at its outputs."""
+    """Sums over the tokens of all images of one linear's inputs, and of the gradients at its outputs, in float64.
 
-    inputs: Tensor  # (I,)
-    products: Tensor  # (I, I)
-    gradients: Tensor  # (O, O)
-    tokens: int = 0
+    `real` (n of one image,) says which tokens are no window padding. Inputs are taken from a point near their mean, so
+    that a large mean costs the covariance no digits.
+    """
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "LinearMoments":
-        """Empty sums."""
-        i, o, device = linear.in_features, linear.out_features, linear.weight.device
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        return cls(zeros(i), zeros(i, i), zeros(o, o))
+    def __init__(self, linear: nn.Linear, real: Tensor | None = None) -> None:
+        zeros = {"dtype": torch.float64, "device": linear.weight.device}
+        self.inputs = torch.zeros(linear.in_features, **zeros)
+        self.products = torch.zeros(linear.in_features, linear.in_features, **zeros)
+        self.gradients = torch.zeros(linear.out_features, linear.out_features, **zeros)
+        self.origin: Tensor | None = None
+        self.real, self.tokens = real, 0
+        self.output: Tensor | None = None
 
-    def see(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """A forward hook: takes in the inputs now, and the gradients when they come."""
-        x = inputs[0].detach().flatten(0, -2)  # (tokens, I)
+    def see_inputs(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """A forward hook: takes in inputs (..., I), and keeps the output for its gradient."""
+        x = inputs[0].detach().flatten(0, -2)  # (n, I)
+        if self.real is not None:
+            x = x[self.real.repeat(len(x) // len(self.real))]
+        if self.origin is None:
+            self.origin = x.mean(0)
+        x = x - self.origin
         self.inputs += x.sum(0)
         self.products += x.T @ x
         self.tokens += len(x)
-        output.register_hook(self._see_gradient)
+        self.output = output
 
-    def _see_gradient(self, gradient: Tensor) -> None:
+    def see_gradient(self, gradient: Tensor) -> None:
+        """Takes in the gradient (..., O) at the output."""
         flat = gradient.flatten(0, -2)
         self.gradients += flat.T @ flat
 
-    def basis(self, weight: Tensor, images: int, heads: int) -> InnovationBasis:
-        """The innovation basis of a linear with this weight (O, I)."""
-        mean = self.inputs / self.tokens
+    def mean_and_covariance(self, *, centred: bool = True) -> tuple[Tensor, Tensor]:
+        """Of the inputs, (I,) and (I, I); not centred: the mean is zero, and second moments are in its place."""
+        assert self.origin is not None, "no images"
+        mean = self.inputs / self.tokens  # from the origin
         covariance = self.products / self.tokens - torch.outer(mean, mean)
-        order = elimination_order(weight.detach(), covariance, self.gradients / images, heads=heads)
-        return InnovationBasis.of(mean, covariance, order)
+        mean = mean + self.origin
+        return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
 def refitted_linears(site: BlockSite, axes: Sequence[Axis]) -> dict[Axis, str]:
-    """The linears of a block whose inputs an open axis cuts and whose rest a refit corrects, by axis.
+    """The linears of a block whose inputs an open axis cuts and whose rest is refitted to the stream, by axis.
 
-    Not proj where whole heads may go: its order of elimination would be one of heads.
+    Not proj where whole heads may go, whose order of elimination would be one of heads, nor fc1 behind `mlp_io`, whose
+    channels lose outputs of fc2 as well.
     """
     found: dict[Axis, str] = {}
     if "mlp_hidden" in axes:
@@ -63,30 +73,58 @@ def refitted_linears(site: BlockSite, axes: Sequence[Axis]) -> dict[Axis, str]:
     return found
 
 
-def innovation_bases(
+def innovations_of(
     model: nn.Module,
     open_axes: Mapping[str, Sequence[Axis]],
     sites: Sequence[BlockSite],
-    batches: Iterable[Tensor],
+    batches: Sequence[Tensor],
     generator: torch.Generator,
-) -> dict[str, InnovationBasis]:
-    """The basis of each linear that a refit will correct, by its name; `open_axes` are those of each site.
+) -> dict[str, Innovations]:
+    """Those of each linear that a refit will correct, by its name; `open_axes` are those of each site.
 
-    One forward and backward pass over `batches` of images, towards labels drawn from the network's own output.
+    One forward and backward pass over `batches` of images, towards labels drawn from the network's own output. Memory:
+    16 bytes for each pair of inputs of a linear, of all linears together.
     """
     wanted = [(s, axis, name) for s in sites for axis, name in refitted_linears(s, open_axes.get(s.name, ())).items()]
-    moments = {name: LinearMoments.of(linear_at(model, name)) for _, _, name in wanted}
-    hooks = [linear_at(model, name).register_forward_hook(moments[name].see) for name in moments]
-    device, images = next(model.parameters()).device, 0
+    if not wanted:
+        return {}
+    device = next(model.parameters()).device
+    moments = {
+        name: LinearMoments(linear_at(model, name), _real(model, site, axis, batches[0][:1].to(device)))
+        for site, axis, name in wanted
+    }
+    _gather_(model, moments, batches, generator)
+    found = {}
+    for site, axis, name in wanted:
+        linear, sums = linear_at(model, name), moments.pop(name)
+        # without a bias nothing can make up for the mean of an input that goes
+        mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
+        heads = site.heads if axis == "attn_value" else 1
+        order = elimination_order(linear.weight.detach(), covariance, sums.gradients, heads=heads)
+        found[name] = Innovations.of(mean, covariance, order)
+    return found
+
+
+def _gather_(
+    model: nn.Module, moments: Mapping[str, LinearMoments], batches: Iterable[Tensor], generator: torch.Generator
+) -> None:
+    device = next(model.parameters()).device
+    hooks = [linear_at(model, name).register_forward_hook(sums.see_inputs) for name, sums in moments.items()]
     try:
         for batch in batches:
-            sampled_loss(model, model(batch.to(device)).float(), generator).backward()
-            model.zero_grad()
-            images += len(batch)
+            loss = sampled_loss(model, model(batch.to(device)).float(), generator)
+            outputs = [sums.output for sums in moments.values() if sums.output is not None]
+            for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, outputs), strict=True):
+                sums.see_gradient(gradient)
+                sums.output = None
     finally:
         for hook in hooks:
             hook.remove()
-    return {
-        name: moments.pop(name).basis(linear_at(model, name).weight, images, site.heads if axis == "attn_value" else 1)
-        for site, axis, name in wanted
-    }
+
+
+@torch.no_grad()
+def _real(model: nn.Module, site: BlockSite, axis: Axis, image: Tensor) -> Tensor | None:
+    """Which of the tokens of one image that reach the linear of an axis are no window padding; None: all."""
+    if axis != "attn_value" or site.attn_tokens == site.tokens:
+        return None
+    return real_tokens(model.get_submodule(site.name), site, input_of(model, site.name, image))

@@ -15,7 +15,7 @@ from kcrprune.errors import ConfigError
 from kcrprune.families import FeatureTap
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
-from kcrprune.training.evaluate import Remembered
+from kcrprune.training.evaluate import Remembered, evaluating
 
 
 def open_accelerator(device: str, precision: str) -> Accelerator:
@@ -31,7 +31,14 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    return Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    if (
+        accelerator.num_processes > 1
+    ):  # nothing shares the images out yet, so sums over processes would count them twice
+        raise ConfigError(
+            f"{accelerator.num_processes} processes were launched, and a run is one; start it without them"
+        )
+    return accelerator
 
 
 def _available_device(device: str) -> str:
@@ -127,11 +134,12 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """Mean over the images, of `model` in eval mode."""
+        """Mean over the images, of `model` in eval mode; its own mode comes back."""
         self.dense.rewind_()
         total, images = 0.0, 0
-        for inputs, labels in self.batches:
-            loss = self.objective(model.eval(), inputs.to(self.device), labels.to(self.device))
-            total += float(loss.total) * len(inputs)
-            images += len(inputs)
+        with evaluating(model):
+            for inputs, labels in self.batches:
+                loss = self.objective(model, inputs.to(self.device), labels.to(self.device))
+                total += float(loss.total) * len(inputs)
+                images += len(inputs)
         return total / max(1, images)

@@ -20,7 +20,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.training.loop import KernelWatch
 
-LIMIT = 3.0  # largest first logit, in standard deviations, so that no gate starts beyond the reach of its gradient
+LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -107,10 +107,10 @@ def start_logits_(gates: Gates, scores: Scores, spread: float) -> float:
     """Sets the logits to the log of score for a MAC, scaled to a standard deviation of `spread`; returns that scale."""
     prices = []
     for site, axis, _ in gates:
-        price = scores[site.name][axis].flatten().clamp_min(1e-30).log() - torch.tensor(channel_macs(site, axis)).log()
-        prices.append(price)
+        prices.append(scores[site.name][axis].flatten().log() - torch.tensor(channel_macs(site, axis)).log())
     everything = torch.cat(prices)
-    middle, deviation = everything.median(), float(everything.std())
+    finite = everything[everything.isfinite()]  # what an earlier stage has cut is worth nothing
+    middle, deviation = finite.median(), float(finite.std())
     scale = spread / deviation if deviation > 1e-6 else 1.0  # equal scores have none
     for price, (_, _, gate) in zip(prices, gates, strict=True):
         gate.logits.copy_(((price - middle) * scale).clamp(-LIMIT * spread, LIMIT * spread))

@@ -96,6 +96,26 @@ def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(ti
     assert ((everything / everything.median() - 1).abs() < 1e-3).float().mean() > 0.95
 
 
+def test_channels_that_are_worth_nothing_leave_the_others_their_spread(tiny_vit: Tiny):
+    model = tiny_vit.model()
+    gates = add_gates_(model, CONFIG.axes)
+    scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
+    for axes in scores.values():
+        for score in axes.values():
+            score.view(-1)[::3] = 0  # cut by an earlier stage
+    start_logits_(gates, scores, spread=8.0)
+    logits = torch.cat([gate.logits.detach() for _, _, gate in gates])
+    worth = torch.cat([scores[site.name][axis].flatten() for site, axis, _ in gates]) > 0
+    assert float(logits[worth].std()) == pytest.approx(8.0, rel=0.1)
+    assert (logits[~worth] == -24).all()
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(ConfigError, match="2 processes were launched, and a run is one"):
+        open_accelerator("cpu", "fp32")
+
+
 def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
     dense = tiny.model()
     torch.manual_seed(0)
