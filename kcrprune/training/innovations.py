@@ -90,8 +90,8 @@ def innovations_of(
         return {}
     device = next(model.parameters()).device
     moments = {
-        name: LinearMoments(linear_at(model, name), _real(model, site, axis, batches[0][:1].to(device)))
-        for site, axis, name in wanted
+        name: LinearMoments(linear_at(model, name), _real(model, site, name, batches[0][:1].to(device)))
+        for site, _, name in wanted
     }
     _gather_(model, moments, batches, generator)
     found = {}
@@ -123,8 +123,8 @@ def _gather_(
 
 
 @torch.no_grad()
-def _real(model: nn.Module, site: BlockSite, axis: Axis, image: Tensor) -> Tensor | None:
-    """Which of the tokens of one image that reach the linear of an axis are no window padding; None: all."""
-    if axis != "attn_value" or site.attn_tokens == site.tokens:
+def _real(model: nn.Module, site: BlockSite, name: str, image: Tensor) -> Tensor | None:
+    """Which of the tokens of one image that reach a linear are no window padding; None: all."""
+    if name != site.proj or site.attn_tokens == site.tokens:
         return None
     return real_tokens(model.get_submodule(site.name), site, input_of(model, site.name, image))
