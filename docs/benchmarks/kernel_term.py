@@ -2,10 +2,10 @@
 
     python docs/benchmarks/kernel_term.py --cache CACHE --out RESULTS
 
-`grid` compresses one network to one target with plans from the scores alone and from the search, with several weights
-of the kernel term, on all training images, a tenth and a hundredth of them. `split` runs the paper's recipe with
-different shares of the images for the gates. Recovery of the grid learns from labels alone and runs to its last step,
-so that a generalisation term has something to act on; everything else is the tool's default.
+`grid` compresses one network to one target with plans from the scores alone and from the search, with the kernel term
+and without, on all training images, a tenth and a hundredth of them; `strong` adds larger weights of the term. `split`
+runs the paper's recipe with different shares of the images for the gates. Recovery of the grid learns from labels alone
+and runs to its last step, so that a generalisation term has something to act on; everything else is the tool's default.
 
 Seeds are the outer loop, so a measurement that was ended holds whole grids of fewer seeds. Every finished run leaves
 its figures below RESULTS/rows and is not repeated; its folder is deleted. The tables are RESULTS/kernel_term.md, the
@@ -19,7 +19,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,7 +42,9 @@ from kcrprune.training.evaluate import Evaluation, evaluate
 
 NETWORKS = ("deit", "swin")
 SHARES = (1.0, 0.1, 0.01)  # of the training images
-WEIGHTS_OF_TERM = {"scores": (0.0, 0.1, 1.0, 10.0), "search": (0.0, 0.1)}
+STRONGER = "strong"
+ON_AND_OFF = (0.0, 0.1)  # weights of the kernel term
+STRONG = (1.0, 10.0)  # further ones, for plans of the scores
 STRONGEST = 10.0  # on all images alone
 SPLITS = (0.8, 0.7, 0.6)
 SPLIT_SEEDS = 3
@@ -135,6 +137,12 @@ class Bench:
             "keep_best": False,
         }
 
+    def finished(self) -> list[Row]:
+        """Every row that RESULTS holds, in the order of the whole grid."""
+        order = list(cells((GRID, STRONGER, SPLIT), with_split=True))
+        rows = [row_from(json.loads(path.read_text())) for path in (self.out / "rows").glob("*/*.json")]
+        return sorted(rows, key=lambda row: (order.index(row.cell), row.seed))
+
     def images(self, share: float, seed: int) -> Path:
         """The image folder of a run."""
         whole = first_images(self.data, self.out / "images", TEST_IMAGES)
@@ -220,24 +228,23 @@ def kept_channels(plan: ChannelPlan) -> dict[str, dict[str, Any]]:
 
 def cells(parts: Sequence[str], *, with_split: bool) -> Iterator[Cell]:
     """Everything that one seed goes through."""
-    if GRID in parts:
-        for share in SHARES:
-            for method, weights in WEIGHTS_OF_TERM.items():
-                for weight in weights:
-                    if weight < STRONGEST or share == 1:
-                        yield Cell(GRID, method, share, weight)
+    weights = {
+        "scores": (ON_AND_OFF if GRID in parts else ()) + (STRONG if STRONGER in parts else ()),
+        "search": ON_AND_OFF if GRID in parts else (),
+    }
+    for share, method in product(SHARES, weights):
+        yield from (Cell(GRID, method, share, weight) for weight in weights[method] if weight < STRONGEST or share == 1)
     if SPLIT in parts and with_split:
         for split in SPLITS:
             yield Cell(SPLIT, "paper", 1.0, load_config("paper").kernel_weight, split)
 
 
 def measure(bench: Bench, seeds: Sequence[int], parts: Sequence[str]) -> None:
-    """All runs, seed after seed; the tables after each."""
-    rows: list[Row] = []
+    """All runs, seed after seed; after each the tables of all that RESULTS holds."""
     for number, seed in enumerate(seeds):
         for cell in cells(parts, with_split=number < SPLIT_SEEDS):
-            rows.append(bench.row(cell, seed))
-            write_results(bench.out, rows, bench.protocol)
+            bench.row(cell, seed)
+            write_results(bench.out, bench.finished(), bench.protocol)
     log.info("%s", (bench.out / "kernel_term.md").read_text())
 
 
@@ -265,7 +272,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--network", default="deit", choices=NETWORKS)
     found.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4))
     found.add_argument("--target", type=float, default=0.35, help="share of the dense MACs in the grid")
-    found.add_argument("--parts", nargs="+", default=(GRID, SPLIT), choices=(GRID, SPLIT))
+    found.add_argument("--parts", nargs="+", default=(GRID, STRONGER, SPLIT), choices=(GRID, STRONGER, SPLIT))
     found.add_argument("--search-steps", type=int, default=60, help="of the grid")
     found.add_argument("--recover-steps", type=int, default=120, help="of the grid")
     found.add_argument("--lr", type=float, default=2e-4, help="of recovery in the grid")
