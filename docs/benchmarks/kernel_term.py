@@ -226,23 +226,23 @@ def kept_channels(plan: ChannelPlan) -> dict[str, dict[str, Any]]:
     return found
 
 
-def cells(parts: Sequence[str], *, with_split: bool) -> Iterator[Cell]:
+def cells(parts: Sequence[str], *, with_split: bool, shares: Sequence[float] = SHARES) -> Iterator[Cell]:
     """Everything that one seed goes through."""
     weights = {
         "scores": (ON_AND_OFF if GRID in parts else ()) + (STRONG if STRONGER in parts else ()),
         "search": ON_AND_OFF if GRID in parts else (),
     }
-    for share, method in product(SHARES, weights):
+    for share, method in product(shares, weights):
         yield from (Cell(GRID, method, share, weight) for weight in weights[method] if weight < STRONGEST or share == 1)
     if SPLIT in parts and with_split:
         for split in SPLITS:
             yield Cell(SPLIT, "paper", 1.0, load_config("paper").kernel_weight, split)
 
 
-def measure(bench: Bench, seeds: Sequence[int], parts: Sequence[str]) -> None:
+def measure(bench: Bench, seeds: Sequence[int], parts: Sequence[str], shares: Sequence[float]) -> None:
     """All runs, seed after seed; after each the tables of all that RESULTS holds."""
     for number, seed in enumerate(seeds):
-        for cell in cells(parts, with_split=number < SPLIT_SEEDS):
+        for cell in cells(parts, with_split=number < SPLIT_SEEDS, shares=shares):
             bench.row(cell, seed)
             write_results(bench.out, bench.finished(), bench.protocol)
     log.info("%s", (bench.out / "kernel_term.md").read_text())
@@ -272,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--network", default="deit", choices=NETWORKS)
     found.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2, 3, 4))
     found.add_argument("--target", type=float, default=0.35, help="share of the dense MACs in the grid")
+    found.add_argument("--shares", nargs="+", type=float, default=SHARES, choices=SHARES, help="of the training images")
     found.add_argument("--parts", nargs="+", default=(GRID, STRONGER, SPLIT), choices=(GRID, STRONGER, SPLIT))
     found.add_argument("--search-steps", type=int, default=60, help="of the grid")
     found.add_argument("--recover-steps", type=int, default=120, help="of the grid")
@@ -297,7 +298,7 @@ def main() -> None:
     same_protocol(out / "protocol.json", protocol)
     checkpoint = (WEIGHTS / f"{arguments.network}_cifar10.safetensors").resolve()
     bench = Bench(checkpoint, fetch.cifar10(arguments.cache).resolve(), out, protocol)
-    measure(bench, arguments.seeds, arguments.parts)
+    measure(bench, arguments.seeds, arguments.parts, arguments.shares)
 
 
 if __name__ == "__main__":
