@@ -35,16 +35,16 @@ from peer_table import DENSE, Protocol, Row, ordered, row_from, to_markdown
 from kcrprune.artifact.atomic import write_atomically
 
 METHODS = (
-    "kcrprune", "kcrprune-no-train", "magnitude", "random", "tp-uniform-l2", "tp-bottleneck-l2", "tp-bottleneck-taylor",
-    "tp-isomorphic-taylor", "modelopt-fastnas", "scratch",
+    "kcrprune-no-train", "kcrprune-search", "magnitude", "random", "tp-uniform-l2", "tp-bottleneck-l2",
+    "tp-bottleneck-taylor", "tp-isomorphic-taylor", "modelopt-fastnas", "scratch",
 )  # fmt: skip
 NETWORKS = ("vit", "deit", "swin")
 LIBRARIES = ("torch-pruning", "nvidia-modelopt")
 FIT_TEST_IMAGES = 100  # test images that a method's own run may measure itself on; they decide nothing
 EXPLAINED = {
     "recovery": "one training at the kept rate; the dense network's logits were at hand",
-    "pruning": "everything before recovery, the search of a ratio included; the search of kcrprune trains its gates "
-    "for 60 steps on frozen weights, kcrprune-no-train trains nothing",
+    "pruning": "everything before recovery, the search of a ratio included; kcrprune-search trains its gates for 60 "
+    "steps on frozen weights, kcrprune-no-train (the default before its recovery) trains nothing",
     "to dense": "paired difference on the same test images, in points, and its standard error",
     "memory": "largest resident memory of the row's process",
 }

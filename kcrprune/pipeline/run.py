@@ -96,7 +96,7 @@ class Run:
         candidates = {}
         if config.search_steps > 0:
             candidates["search"] = self._search(rotated, scores)
-        if config.search_steps == 0 or config.ranking != "equal":  # equal scores are a start and no plan
+        if config.ranking != "equal":  # equal scores are a start and no plan
             candidates["scores"] = scores
         self.innovations = {}  # large, and of no more use
         plan, pruned = self._cut(rotated, candidates)

@@ -32,9 +32,7 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     accelerator = Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
-    if (
-        accelerator.num_processes > 1
-    ):  # nothing shares the images out yet, so sums over processes would count them twice
+    if accelerator.num_processes > 1:  # nothing shares the images out yet, so sums would count them twice
         raise ConfigError(
             f"{accelerator.num_processes} processes were launched, and a run is one; start it without them"
         )
