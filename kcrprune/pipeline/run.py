@@ -86,10 +86,11 @@ class Run:
             self.covariance = feature_covariance(self.dense, self.parts.calibration)
             kernel_before = kernel_figures(self.covariance, config.kernel_rank)
             accuracy_before = self._evaluate(reference, None)
-        rotated = copy.deepcopy(self.dense)
+        self.balanced = copy.deepcopy(self.dense)  # the same function; what refits are made towards
         if config.balance:
             with self.stage("balance"):
-                balance_(rotated, self.purse.sites, self.parts.calibration)
+                balance_(self.balanced, self.purse.sites, self.parts.calibration)
+        rotated = copy.deepcopy(self.balanced)
         scores = self._score(rotated)
         for number in range(1, config.stages):
             scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
@@ -224,7 +225,7 @@ class Run:
         with self.stage(stage, len(self.purse.sites)):
             refit_(
                 pruned,
-                self.dense,
+                self.balanced,
                 self.purse.sites,
                 plan,
                 self.parts.calibration,

@@ -117,12 +117,17 @@ def _cut_mlp_(model: nn.Module, site: BlockSite, block: BlockPlan) -> None:
 
 
 def _cut_attention_(model: nn.Module, site: BlockSite, block: BlockPlan) -> None:
+    value = head_rows(block.heads.indices, block.attn_value, site.head_dim)
+    swap_(model, site.qkv, take(linear_at(model, site.qkv), rows=qkv_rows(site, block)))
+    swap_(model, site.proj, take(linear_at(model, site.proj), columns=value))
+
+
+def qkv_rows(site: BlockSite, block: BlockPlan) -> list[int]:
+    """Rows of the dense qkv that a plan keeps: those of q, of k, of v."""
     query = head_rows(block.heads.indices, block.attn_query, site.head_dim)
     value = head_rows(block.heads.indices, block.attn_value, site.head_dim)
     inner = site.heads * site.head_dim  # rows of q, of k and of v in the dense qkv
-    rows = [*query, *(inner + row for row in query), *(2 * inner + row for row in value)]
-    swap_(model, site.qkv, take(linear_at(model, site.qkv), rows=rows))
-    swap_(model, site.proj, take(linear_at(model, site.proj), columns=value))
+    return [*query, *(inner + row for row in query), *(2 * inner + row for row in value)]
 
 
 def head_rows(heads: Sequence[int], kept: Sequence[Kept], head_dim: int) -> list[int]:

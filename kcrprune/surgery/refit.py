@@ -1,9 +1,10 @@
-"""Closed-form correction of the linears behind a cut.
+"""Closed-form correction of what a cut left.
 
 Block after block, on the features that the already cut network produces: the linears that write to the residual
-stream are fitted so that the cut network's stream comes back to the dense network's, which corrects the errors made
-so far as well; fc1 behind `mlp_io` is fitted to its own dense output. No training, no labels, one pass.
-The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
+stream, proj and fc2, are fitted so that the cut network's stream comes back to the dense network's; those that read it,
+qkv and fc1, so that what they kept of their outputs comes back to the dense network's. Every fit corrects the errors
+made so far as well, so it pays behind a cut further up as much as behind one of its own. No training, no labels, one
+pass. The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
 
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import BlockSite
 from kcrprune.plan import BlockPlan, ChannelPlan
+from kcrprune.surgery.pruned import keep_all, qkv_rows
 from kcrprune.surgery.swap import layer_scale_at, linear_at
 from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
 
@@ -65,19 +67,25 @@ def refit_(
     ridge: float = 1e-3,
     on_block: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
-    """Refits every linear of `pruned` behind a cut, towards `dense`, on `batches` of images.
+    """Refits the linears of `pruned`, which was cut out of `dense`, towards `dense` on `batches` of images.
 
-    `sites` are those of the dense model. Memory: two residual streams of all images.
+    `sites` are those of the dense model. The channels of a head must mean the same in both, so where heads were
+    rotated `dense` is the rotated network. Memory: two residual streams of all images.
     """
     device = next(pruned.parameters()).device
     dense_streams = [input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
     cut_streams = [input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
+    cut = False
     for done, (site, block) in enumerate(zip(sites, plan.blocks, strict=True), start=1):
         for name in site.entry:
             _advance_(dense.get_submodule(name), dense_streams, device)
             _advance_(pruned.get_submodule(name), cut_streams, device)
+        cut = cut or block != keep_all(site)
         pair = _BlockPair(dense.get_submodule(site.name), pruned.get_submodule(site.name), site, block, ridge, device)
-        pair.refit_(dense_streams, cut_streams)
+        if cut:
+            pair.refit_(dense_streams, cut_streams)
+        else:
+            pair.pass_by_(dense_streams, cut_streams)
         on_block(done)
     return pruned
 
@@ -94,16 +102,29 @@ class _BlockPair:
     device: torch.device
 
     def refit_(self, dense_streams: Streams, cut_streams: Streams) -> None:
-        """Refits what is cut, and moves both streams behind the block, batch by batch in place."""
-        block = self.block
-        if not (block.heads.is_all and all(kept.is_all for kept in block.attn_value)):
-            self._refit_proj_(dense_streams, cut_streams)
-        if not block.mlp_io.is_all:
-            self._refit_fc1_(dense_streams, cut_streams)
+        """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place."""
+        self._refit_qkv_(dense_streams, cut_streams)
+        self._refit_proj_(dense_streams, cut_streams)
+        self._refit_fc1_(dense_streams, cut_streams)
         _advance_(self.dense, dense_streams, self.device)
-        if not (block.mlp_io.is_all and block.mlp_hidden.is_all):
-            self._refit_fc2_(dense_streams, cut_streams)
+        self._refit_fc2_(dense_streams, cut_streams)
         _advance_(self.cut, cut_streams, self.device)
+
+    def pass_by_(self, dense_streams: Streams, cut_streams: Streams) -> None:
+        """Moves both streams behind a block that nothing was cut from, nor from those before it."""
+        _advance_(self.dense, dense_streams, self.device)
+        _advance_(self.cut, cut_streams, self.device)
+
+    def _refit_qkv_(self, dense_in: Streams, cut_in: Streams) -> None:
+        name = f"{self.site.attn}.qkv"
+        qkv = linear_at(self.cut, name)
+        sums = NormalEquations.for_linear(qkv)
+        rows = torch.tensor(qkv_rows(self.site, self.block), device=self.device)
+        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
+            z, y = self._input_and_wanted(name, dense_stream, cut_stream)
+            real = real_tokens(self.cut, self.site, cut_stream.to(self.device))
+            sums.add_(qkv, z[real], y[real][:, rows])
+        _correct_(qkv, sums, self.ridge)
 
     def _refit_proj_(self, dense_in: Streams, cut_in: Streams) -> None:
         proj = linear_at(self.cut, f"{self.site.attn}.proj")
@@ -119,17 +140,21 @@ class _BlockPair:
         _correct_(proj, sums, self.ridge)
 
     def _refit_fc1_(self, dense_in: Streams, cut_in: Streams) -> None:
-        fc1 = linear_at(self.cut, f"{self.site.mlp}.fc1")
+        name = f"{self.site.mlp}.fc1"
+        fc1 = linear_at(self.cut, name)
+        sums = NormalEquations.for_linear(fc1)
         io = torch.tensor(self.block.mlp_io.indices, device=self.device)
         hidden = torch.tensor(self.block.mlp_hidden.indices, device=self.device)
-        sums = NormalEquations.for_linear(fc1)
-        for dense_stream, stream in zip(dense_in, cut_in, strict=True):
-            z = input_of(self.cut, f"{self.site.mlp}.fc1", stream.to(self.device))
-            y = linear_at(self.dense, f"{self.site.mlp}.fc1")(
-                input_of(self.dense, f"{self.site.mlp}.fc1", dense_stream.to(self.device))
-            )
-            sums.add_(fc1, z.flatten(0, -2)[:, io], y.flatten(0, -2)[:, hidden])
+        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
+            z, y = self._input_and_wanted(name, dense_stream, cut_stream)
+            sums.add_(fc1, z[:, io], y[:, hidden])
         _correct_(fc1, sums, self.ridge)
+
+    def _input_and_wanted(self, name: str, dense_stream: Tensor, cut_stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that the linear `name` reads in the cut block (n, D), and what it makes of them in the dense one."""
+        z = input_of(self.cut, name, cut_stream.to(self.device))
+        y = linear_at(self.dense, name)(input_of(self.dense, name, dense_stream.to(self.device)))
+        return z.flatten(0, -2), y.flatten(0, -2)
 
     def _refit_fc2_(self, dense_out: Streams, cut_in: Streams) -> None:
         fc2 = linear_at(self.cut, f"{self.site.mlp}.fc2")
