@@ -92,7 +92,7 @@ class RunConfig(Frozen):
         default="auto", description="What ranks the channels; auto is innovation with a refit, fisher without."
     )
     balance: bool = Field(default=True, description="Rotate each head to its balanced basis first.")
-    refit: bool = Field(default=True, description="Refit the linears behind a cut in closed form.")
+    refit: bool = Field(default=True, description="Refit all linears in closed form after the cut.")
     refit_ridge: NonNegativeFloat = Field(
         default=1e-3, description="Ridge of the refit, relative to the mean input energy."
     )

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kcrprune.families import BlockSite
+from kcrprune.families import BlockSite, classifiers
 from kcrprune.plan import ChannelPlan
-from kcrprune.surgery.pruned import head_rows
+from kcrprune.surgery.pruned import head_rows, qkv_rows
 from kcrprune.surgery.swap import linear_at
 
 
@@ -18,15 +18,14 @@ from kcrprune.surgery.swap import linear_at
 def expand_(model: nn.Module, pruned: nn.Module, sites: Sequence[BlockSite], plan: ChannelPlan) -> nn.Module:
     """Makes the dense-shaped `model` compute what `pruned` computes; both came from the same network.
 
-    Only the linears of the blocks are written, since a cut and a refit change nothing else.
+    Only the linears of the blocks and the classifier are written, since a cut and a refit change nothing else.
     """
+    for whole, part in zip(classifiers(model), classifiers(pruned), strict=True):
+        whole.load_state_dict(part.state_dict())
     for site, block in zip(sites, plan.blocks, strict=True):
-        inner = site.heads * site.head_dim
-        query = head_rows(block.heads.indices, block.attn_query, site.head_dim)
         value = head_rows(block.heads.indices, block.attn_value, site.head_dim)
-        qkv = [*query, *(inner + row for row in query), *(2 * inner + row for row in value)]
         io, hidden = block.mlp_io.indices, block.mlp_hidden.indices
-        _write_(linear_at(model, site.qkv), linear_at(pruned, site.qkv), qkv, range(site.width))
+        _write_(linear_at(model, site.qkv), linear_at(pruned, site.qkv), qkv_rows(site, block), range(site.width))
         _write_(linear_at(model, site.proj), linear_at(pruned, site.proj), range(site.width), value)
         _write_(linear_at(model, site.fc1), linear_at(pruned, site.fc1), hidden, io)
         _write_(linear_at(model, site.fc2), linear_at(pruned, site.fc2), io, hidden)

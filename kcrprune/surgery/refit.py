@@ -2,9 +2,10 @@
 
 Block after block, on the features that the already cut network produces: the linears that write to the residual
 stream, proj and fc2, are fitted so that the cut network's stream comes back to the dense network's; those that read it,
-qkv and fc1, so that what they kept of their outputs comes back to the dense network's. Every fit corrects the errors
-made so far as well, so it pays behind a cut further up as much as behind one of its own. No training, no labels, one
-pass. The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
+qkv and fc1, so that what they kept of their outputs comes back to the dense network's; last the classifier, to the
+dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut further up as much as
+behind one of its own. No training, no labels, one pass.
+The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
 
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import BlockSite
+from kcrprune.families import BlockSite, classifiers
 from kcrprune.plan import BlockPlan, ChannelPlan
 from kcrprune.surgery.pruned import keep_all, qkv_rows
 from kcrprune.surgery.swap import layer_scale_at, linear_at
 from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
+
+CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 
@@ -87,6 +90,8 @@ def refit_(
         else:
             pair.pass_by_(dense_streams, cut_streams)
         on_block(done)
+    if cut:
+        _refit_classifiers_(pruned, dense, batches, CLASSIFIER_RIDGE * ridge)
     return pruned
 
 
@@ -175,6 +180,17 @@ class _BlockPair:
             return torch.ones((), device=self.device)
         gamma = layer_scale_at(self.cut, name)
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
+
+
+def _refit_classifiers_(pruned: nn.Module, dense: nn.Module, batches: Sequence[Tensor], ridge: float) -> None:
+    names = {module: name for name, module in pruned.named_modules()}
+    for classifier in classifiers(pruned):
+        name, device = names[classifier], classifier.weight.device
+        sums = NormalEquations.for_linear(classifier)
+        for images in batches:
+            z, dense_z = (input_of(model, name, images.to(device)) for model in (pruned, dense))
+            sums.add_(classifier, z, linear_at(dense, name)(dense_z))
+        _correct_(classifier, sums, ridge)
 
 
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
