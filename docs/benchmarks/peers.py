@@ -38,7 +38,7 @@ METHODS = (
     "kcrprune-no-train", "kcrprune-search", "magnitude", "random", "tp-uniform-l2", "tp-bottleneck-l2",
     "tp-bottleneck-taylor", "tp-isomorphic-taylor", "modelopt-fastnas", "scratch",
 )  # fmt: skip
-NETWORKS = ("vit", "deit", "swin")
+NETWORKS = ("vit", "deit", "swin", "tiny_vit")
 LIBRARIES = ("torch-pruning", "nvidia-modelopt")
 FIT_TEST_IMAGES = 100  # test images that a method's own run may measure itself on; they decide nothing
 EXPLAINED = {
