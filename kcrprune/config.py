@@ -93,8 +93,9 @@ class RunConfig(Frozen):
     )
     balance: bool = Field(default=True, description="Rotate each head to its balanced basis first.")
     refit: bool = Field(default=True, description="Refit all linears in closed form after the cut.")
-    refit_ridge: NonNegativeFloat = Field(
-        default=1e-3, description="Ridge of the refit, relative to the mean input energy."
+    refit_ridge: PositiveFloat = Field(
+        default=1e-3,
+        description="Ridge of the refit, as a share of the mean input energy; a hundred times that for the classifier.",
     )
 
     stages: PositiveInt = Field(

@@ -1,6 +1,7 @@
 """The laws of the method, for every family: identity, masking = pruning, cost, balance, refit."""
 
 import copy
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -11,14 +12,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kcrprune.families import sites
+from kcrprune.families import classifiers, sites
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import dense_widths, expected_macs, predicted_macs, widths_macs
 from kcrprune.plan import AXES, ChannelPlan
 from kcrprune.surgery.balance import balance_, balancing, head_moments
 from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, harden_, remove_gates_
-from kcrprune.surgery.pruned import apply_plan_, full_plan
+from kcrprune.surgery.pruned import apply_plan_, full_plan, qkv_rows
 from kcrprune.surgery.refit import NormalEquations, refit_
 from tests.conftest import TINY, Tiny, random_plan, relative_error
 
@@ -178,6 +179,48 @@ def test_refit_brings_the_stream_nearer_to_the_dense_one(tiny: Tiny):
     refit_(pruned, model, sites(model), plan, batches)
     after = relative_error(stream(pruned, images), stream(model, images))
     assert after < before
+
+
+@each_tiny
+@FEW
+@given(seed=SEEDS)
+@torch.no_grad()
+def test_every_linear_is_nearer_to_what_it_is_fitted_to(tiny: Tiny, seed: int):
+    """Each fit undone by itself, so that what the linear reads stays, leaves it farther from its target."""
+    model, images = tiny.model(seed), tiny.images(24, seed)
+    plan = random_plan(model, "tiny", seed)
+    refitted = refit_(cut(model, plan), model, sites(model), plan, [images[:10], images[10:]])
+    unfitted = cut(model, plan)
+    for name, seen_at, kept in fitted_linears(model, plan):
+        undone = copy.deepcopy(refitted)
+        undone.get_submodule(name).load_state_dict(unfitted.get_submodule(name).state_dict())
+        wanted = seen(model, seen_at, images)[..., kept]
+        fit, before = ((seen(network, seen_at, images) - wanted).square().sum() for network in (refitted, undone))
+        assert fit < before or before <= 1e-9 * wanted.square().sum(), name  # nothing was lost before it
+
+
+def fitted_linears(model: nn.Module, plan: ChannelPlan) -> Iterator[tuple[str, str, list[int] | slice]]:
+    """Every refitted linear, the module whose output shows what it was fitted to, and the dense channels it keeps."""
+    for site, block in zip(sites(model), plan.blocks, strict=True):
+        everything = slice(None)
+        yield site.qkv, site.qkv, qkv_rows(site, block)
+        yield site.proj, f"{site.name}.{site.norm2}", everything
+        yield site.fc1, site.fc1, list(block.mlp_hidden.indices)
+        yield site.fc2, site.name, everything
+    names = {module: name for name, module in model.named_modules()}
+    for classifier in classifiers(model):
+        yield names[classifier], names[classifier], slice(None)
+
+
+def seen(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
+    """What a linear or a block puts out, or what a norm takes in."""
+    found: list[torch.Tensor] = []
+    module = model.get_submodule(name)
+    takes_in = isinstance(module, nn.LayerNorm)
+    hook = module.register_forward_hook(lambda module, taken, put: found.append(taken[0] if takes_in else put))
+    model(images)
+    hook.remove()
+    return found[0].double()
 
 
 @torch.no_grad()

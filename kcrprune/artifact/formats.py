@@ -36,6 +36,7 @@ class Opened:
     path: Path
     digest: str  # sha256 of the file or files
     record: dict[str, Any] = field(default_factory=dict)  # the run that made an artifact
+    new_head: bool = False  # the classifier is not the file's, and untrained
     foreign_names: tuple[str, ...] = ()  # what a pickle mentions and nobody runs
 
 
@@ -69,7 +70,8 @@ def open_dense(
     inferred = infer(shapes, evidence, path)
     sized, size_notes = with_size(inferred, img_size)
     final, head_notes = with_head(sized, num_classes, path)
-    model, left_out = load_dense(final.architecture, tensors, path, new_head=bool(num_classes) and classes == 0)
+    new_head = bool(num_classes) and classes == 0
+    model, left_out = load_dense(final.architecture, tensors, path, new_head=new_head)
     family = family_of(model).name
     return Opened(
         model=model,
@@ -81,6 +83,7 @@ def open_dense(
         notes=(*located.notes(left_out), *inferred.notes, *size_notes, *head_notes),
         path=path,
         digest=digest(contents.files),
+        new_head=new_head,
         foreign_names=contents.foreign_names,
     )
 

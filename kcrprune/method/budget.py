@@ -82,10 +82,10 @@ def expected_block_macs(site: BlockSite, keep: Mapping[Axis, Tensor]) -> Tensor:
 
 def expected_macs(dense_macs: int, gates: Gates) -> Tensor:
     """MACs of the network when each channel is kept with its gate's probability; differentiable in the logits."""
-    total = torch.tensor(float(dense_macs))
+    total = torch.tensor(float(dense_macs), dtype=torch.float64)
     for site in gates.sites:
         keep: dict[Axis, Tensor] = {
-            axis: gates.shaped(site, axis, gate.keep_probability) for axis, gate in gates.at(site).items()
+            axis: gates.shaped(site, axis, gate.keep_probability.double()) for axis, gate in gates.at(site).items()
         }
         if keep:
             saved = widths_macs(site, dense_widths(site)) - expected_block_macs(site, keep)

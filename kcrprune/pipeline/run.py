@@ -14,13 +14,14 @@ from torch import nn
 from kcrprune.artifact.checkpoint import open_model, save_model
 from kcrprune.artifact.formats import Opened
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError
+from kcrprune.errors import CheckpointError, ConfigError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
 from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
 from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
+from kcrprune.method.objective import Objective
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.pipeline.parts import divide
@@ -72,7 +73,19 @@ class Run:
             self._say("no data was given: images are generated, and the task is to agree with the dense network", True)
         if file_bytes(self.opened.path) < 3 * count_parameters(self.dense):
             self._say("the checkpoint stores half precision and the run float32: compare parameters, not file sizes")
-        self.parts = divide(self.images, config)
+        if self.opened.new_head:
+            self._train_head()
+        self._objective()  # refuses a task that these images do not allow
+        self.parts = divide(self.images, self.config)
+
+    def _train_head(self) -> None:
+        """Without a trained classifier the dense network has no answers to follow, so labels alone are the task."""
+        if not self.images.labelled or self.config.task == "distill" or self.config.recover_steps == 0:
+            raise ConfigError("the classifier is new, so it must be trained: give labelled images and recover_steps")
+        self.config = self.config.model_copy(update={"task": "labels"})
+
+    def _objective(self) -> Objective:
+        return make_objective(self.config, self.dense, labelled=self.images.labelled)
 
     def _say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (private, read at the call)
         self.notes.append(text)
@@ -96,11 +109,12 @@ class Run:
             scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
         candidates = {}
         if config.search_steps > 0:
-            candidates["search"] = self._search(rotated, scores)
+            searched = copy.deepcopy(rotated)  # a search may train weights as well
+            candidates["search"] = self._search(searched, scores), searched
         if config.ranking != "equal":  # equal scores are a start and no plan
-            candidates["scores"] = scores
+            candidates["scores"] = scores, rotated
         self.innovations = {}  # large, and of no more use
-        plan, pruned = self._cut(rotated, candidates)
+        plan, pruned = self._cut(candidates)
         cut = self._recover(pruned)
         with self.stage("measure pruned"):
             kernel_after = kernel_figures(feature_covariance(pruned, self.parts.calibration), config.kernel_rank)
@@ -132,7 +146,7 @@ class Run:
         self.listener(StageEnded(name, seconds))
 
     def _evaluate(self, model: Predict, reference: Predict | None) -> Accuracy | None:
-        if self.parts.evaluation is None:
+        if self.parts.evaluation is None or class_count(self.dense) == 0:
             return None
         return accuracy_of(evaluate(model, self.parts.evaluation, reference=reference, listener=self.listener))
 
@@ -182,7 +196,7 @@ class Run:
                 gates,
                 scores,
                 self.macs,
-                make_objective(config, self.dense, labelled=self.images.labelled),
+                self._objective(),
                 config,
                 self.accelerator,
                 endless(self.parts.weights),
@@ -195,14 +209,14 @@ class Run:
         self.histories["search"] = found.history
         return found.scores
 
-    def _cut(self, rotated: nn.Module, candidates: dict[str, Scores]) -> tuple[ChannelPlan, nn.Module]:
-        """Cuts and refits by every candidate's scores; the one that stays closest to the dense network wins."""
+    def _cut(self, candidates: dict[str, tuple[Scores, nn.Module]]) -> tuple[ChannelPlan, nn.Module]:
+        """Cuts and refits each candidate by its scores; the one that stays closest to the dense network wins."""
         distance = make_objective(self.config.model_copy(update={"task": "distill"}), self.dense, labelled=False)
         measure = HeldOut(distance, self.parts.held_out, self.accelerator.device)
         uncorrected, losses, results = {}, {}, {}
-        for name, scores in candidates.items():
+        for name, (scores, uncut) in candidates.items():
             plan = solve(self.purse, scores, self.config.target_flops, self.opened.architecture.name)
-            pruned = apply_plan_(copy.deepcopy(rotated), plan)
+            pruned = apply_plan_(copy.deepcopy(uncut), plan)
             if self.config.refit:
                 uncorrected[name] = measure.loss(pruned)
                 self._refit(pruned, plan, name)
@@ -246,7 +260,7 @@ class Run:
         with self.stage("recover", steps):
             found = recover_(
                 pruned,
-                make_objective(config, self.dense, labelled=self.images.labelled),
+                self._objective(),
                 config,
                 self.accelerator,
                 endless(self.parts.training),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import BlockSite, classifiers
 from kcrprune.plan import BlockPlan, ChannelPlan
-from kcrprune.surgery.pruned import keep_all, qkv_rows
+from kcrprune.surgery.pruned import qkv_rows
 from kcrprune.surgery.swap import layer_scale_at, linear_at
 from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
 
@@ -83,8 +83,8 @@ def refit_(
         for name in site.entry:
             _advance_(dense.get_submodule(name), dense_streams, device)
             _advance_(pruned.get_submodule(name), cut_streams, device)
-        cut = cut or block != keep_all(site)
         pair = _BlockPair(dense.get_submodule(site.name), pruned.get_submodule(site.name), site, block, ridge, device)
+        cut = cut or pair.differ
         if cut:
             pair.refit_(dense_streams, cut_streams)
         else:
@@ -106,6 +106,12 @@ class _BlockPair:
     ridge: float
     device: torch.device
 
+    @property
+    def differ(self) -> bool:
+        """Something was cut, or trained since."""
+        weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
+        return not (self.block.is_all and all(torch.equal(ours, theirs) for ours, theirs in weights))
+
     def refit_(self, dense_streams: Streams, cut_streams: Streams) -> None:
         """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place."""
         self._refit_qkv_(dense_streams, cut_streams)
@@ -116,7 +122,7 @@ class _BlockPair:
         _advance_(self.cut, cut_streams, self.device)
 
     def pass_by_(self, dense_streams: Streams, cut_streams: Streams) -> None:
-        """Moves both streams behind a block that nothing was cut from, nor from those before it."""
+        """Moves both streams behind a block that is the dense one, as are those before it."""
         _advance_(self.dense, dense_streams, self.device)
         _advance_(self.cut, cut_streams, self.device)
 
@@ -127,8 +133,7 @@ class _BlockPair:
         rows = torch.tensor(qkv_rows(self.site, self.block), device=self.device)
         for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
             z, y = self._input_and_wanted(name, dense_stream, cut_stream)
-            real = real_tokens(self.cut, self.site, cut_stream.to(self.device))
-            sums.add_(qkv, z[real], y[real][:, rows])
+            sums.add_(qkv, z, y[:, rows])  # window padding included: it makes keys and values too
         _correct_(qkv, sums, self.ridge)
 
     def _refit_proj_(self, dense_in: Streams, cut_in: Streams) -> None:

@@ -1,4 +1,4 @@
-"""The innovations of the linears that a refit will correct, from the network's own statistics on images.
+"""The innovations of the linears behind an axis, from the network's own statistics on images.
 
 Letters: I inputs, O outputs of a linear, n tokens of a batch.
 """
@@ -59,7 +59,7 @@ class LinearMoments:
         return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def refitted_linears(site: BlockSite, axes: Sequence[Axis]) -> dict[Axis, str]:
+def linears_behind(site: BlockSite, axes: Sequence[Axis]) -> dict[Axis, str]:
     """The linears of a block whose inputs an open axis cuts and whose rest is refitted to the stream, by axis.
 
     Not proj where whole heads may go, whose order of elimination would be one of heads, nor fc1 behind `mlp_io`, whose
@@ -80,12 +80,12 @@ def innovations_of(
     batches: Sequence[Tensor],
     generator: torch.Generator,
 ) -> dict[str, Innovations]:
-    """Those of each linear that a refit will correct, by its name; `open_axes` are those of each site.
+    """Those of each linear behind an open axis, by its name; `open_axes` are those of each site.
 
     One forward and backward pass over `batches` of images, towards labels drawn from the network's own output. Memory:
     16 bytes for each pair of inputs of a linear, of all linears together.
     """
-    wanted = [(s, axis, name) for s in sites for axis, name in refitted_linears(s, open_axes.get(s.name, ())).items()]
+    wanted = [(s, axis, name) for s in sites for axis, name in linears_behind(s, open_axes.get(s.name, ())).items()]
     if not wanted:
         return {}
     device = next(model.parameters()).device

@@ -72,13 +72,13 @@ def feature_covariance(model: nn.Module, batches: Iterable[Tensor]) -> Covarianc
 class KernelWatch:
     """Follows the features of a training stage: their KC, and an objective's basis, both renewed every few steps.
 
-    The first basis is that of `start`, the features of the dense network. Of several processes each shows its own
-    batches, and all renew the same basis at the same step.
+    The first basis is that of `start`, the features of the dense network, and its rank stays. Of several processes each
+    shows its own batches, and all renew the same basis at the same step.
     """
 
     def __init__(self, objective: Objective, start: Covariance, rank_share: float, every: int) -> None:
         self.objective = objective
-        self.rank_share = rank_share
+        self.rank = rank_for(rank_share, start.images, start.total.shape[0])
         self.every = every
         self.seen = start
         self.steps = 0
@@ -98,8 +98,7 @@ class KernelWatch:
     def renew_(self) -> dict[str, float]:
         """Renews the objective's basis from what was seen, and returns its KC."""
         if self.objective.kernel_weight > 0:
-            rank = rank_for(self.rank_share, self.seen.images, self.seen.total.shape[0])
-            self.objective.basis = self.seen.basis(rank)
+            self.objective.basis = self.seen.basis(self.rank)
         return {"kc": kernel_complexity(self.seen.spectrum(), self.seen.images).kc}
 
 

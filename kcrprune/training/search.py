@@ -64,9 +64,11 @@ def search_(
     history = []
     for step in range(steps):
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
+        figures: dict[str, float] = {}
         if config.search_weight_lr > 0:
             gates.sample_(temperature, generator)
-            _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
+            moved = _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
+            figures = {f"weights_{name}": value for name, value in moved.parts.items()}
         gates.sample_(temperature, generator)
         loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
         shift_to_budget_(gates, dense_macs, config.target_flops)
@@ -74,6 +76,7 @@ def search_(
         history.append(
             {"step": step + 1, "temperature": temperature, "expected_macs": share}
             | loss.parts
+            | figures
             | watch.see_(loss.features)
         )
         listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))

@@ -7,15 +7,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import kcrprune
 from kcrprune import pipeline
 from kcrprune.artifact.checkpoint import open_model, save_model
 from kcrprune.config import RunConfig, load_config
-from kcrprune.errors import BudgetError, CheckpointError, OutputExistsError
-from kcrprune.events import Event, Note, StepDone, ignore
+from kcrprune.errors import BudgetError, CheckpointError, ConfigError, OutputExistsError
+from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
 from kcrprune.measure.macs import count_macs
 from kcrprune.plan import ChannelPlan, Preprocessing
 from tests.conftest import TINY, Tiny, relative_error
@@ -165,6 +167,55 @@ def test_inspect_tells_what_can_be_cut(checkpoint: Path):
     assert found.architecture == "vit_tiny_patch16_224"
     assert set(found.floor) == {"default", "paper", "all axes"}
     assert found.floor["all axes"] <= min(found.floor.values())
+
+
+def bare_backbone(path: Path) -> Path:
+    """A timm checkpoint without a classifier."""
+    arguments = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", **arguments).state_dict(), path)
+    return path
+
+
+def test_a_bare_backbone_is_cut_without_an_accuracy(tmp_path: Path):
+    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "num_heads": 2})
+    comparison = pipeline.compress(
+        bare_backbone(tmp_path / "x.safetensors"), config, tmp_path / "run", ignore
+    ).comparison
+    assert comparison.after.macs is not None
+    assert comparison.before.macs is not None
+    assert comparison.after.macs <= 0.8 * comparison.before.macs
+    assert comparison.after.accuracy is None
+
+
+def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_path: Path):
+    photos = str(image_folder(tmp_path / "images"))
+    config = SHORT.model_copy(update={"data": photos, "num_heads": 2, "num_classes": 5, "search_steps": 0})
+    path = bare_backbone(tmp_path / "x.safetensors")
+    result = pipeline.compress(path, config, tmp_path / "run", ignore)
+    steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert all("labels" in step and "distill" not in step for step in steps)
+    for wrong in ({"task": "distill"}, {"recover_steps": 0}, {"labels": False}):
+        with pytest.raises(ConfigError, match="the classifier is new, so it must be trained"):
+            pipeline.compress(path, config.model_copy(update=wrong), tmp_path / "other", ignore)
+
+
+def test_labels_that_are_missing_are_missed_before_anything_is_done(checkpoint: Path, tmp_path: Path):
+    events: list[Event] = []
+    config = SHORT.model_copy(update={"task": "labels"})
+    with pytest.raises(ConfigError, match="'labels' needs labelled images"):
+        pipeline.compress(checkpoint, config, tmp_path / "run", events.append)
+    assert [event.stage for event in events if isinstance(event, StageStarted)] == ["load"]
+
+
+def test_a_search_that_trains_weights_leaves_the_plan_of_the_scores_alone(checkpoint: Path, tmp_path: Path):
+    distances = []
+    for name, options in {"search": {"search_steps": 3, "search_weight_lr": 0.01}, "none": {"search_steps": 0}}.items():
+        config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / name)), "recover_steps": 0, **options})
+        folder = pipeline.compress(checkpoint, config, tmp_path / f"run-{name}", ignore).folder
+        found = json.loads((folder / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
+        distances.append(found["scores"])
+    assert distances[0] == distances[1]
 
 
 @pytest.mark.gpu
