@@ -217,7 +217,11 @@ def seen(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
     module = model.get_submodule(name)
     takes_in = isinstance(module, nn.LayerNorm)
-    hook = module.register_forward_hook(lambda module, taken, put: found.append(taken[0] if takes_in else put))
+
+    def see(module: nn.Module, taken: tuple[torch.Tensor, ...], put: torch.Tensor) -> None:
+        found.append(taken[0] if takes_in else put)
+
+    hook = module.register_forward_hook(see)
     model(images)
     hook.remove()
     return found[0].double()

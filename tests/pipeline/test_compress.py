@@ -171,9 +171,9 @@ def test_inspect_tells_what_can_be_cut(checkpoint: Path):
 
 def bare_backbone(path: Path) -> Path:
     """A timm checkpoint without a classifier."""
-    arguments = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
     torch.manual_seed(0)
-    save_file(timm.create_model("vit_tiny_patch16_224", **arguments).state_dict(), path)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+    save_file(model.state_dict(), path)
     return path
 
 
