@@ -38,6 +38,13 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "refit_ridge": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
         "round_to": (1, 4, 8, 16),
         "min_width": (0.01, 0.05, 0.2),
+        "axes": (
+            ("mlp_hidden", "attn_query", "attn_value"),
+            ("mlp_hidden", "attn_query", "attn_value", "mlp_io"),
+            ("mlp_hidden", "attn_query", "attn_value", "heads"),
+            ("mlp_hidden", "attn_query", "heads"),
+            ("mlp_io", "mlp_hidden"),
+        ),
     },
     "search": {
         "search_steps": (30, 60, 120),
@@ -54,6 +61,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "weight_decay": (0.0, 0.05),
         "warmup_steps": (0, 10),
         "clip_grad": (0.3, 1.0),
+        "keep_best": (True, False),
         "task": ("auto", "labels", "distill"),
         "smoothing": (0.0, 0.1),
         "distill_temperature": (1.0, 2.0),
@@ -89,7 +97,12 @@ class Trial:
     def name(self) -> str:
         """A file name; equal settings have equal names, so the default is run once for a part."""
         differing = {k: v for k, v in self.settings.items() if v != RunConfig.model_fields[k].default}
-        return "_".join(f"{k}-{v}" for k, v in sorted(differing.items())) or "default"
+        return "_".join(f"{k}-{told(v)}" for k, v in sorted(differing.items())) or "default"
+
+
+def told(value: Any) -> str:
+    """A value as a word."""
+    return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
 def trials(parts: list[str], seeds: list[int]) -> Iterator[Trial]:
@@ -139,7 +152,7 @@ def table(part: str, found: Mapping[tuple[str, Any], list[dict[str, Any]]]) -> s
         losses = [row["held_out"] for row in rows if row["held_out"]]
         loss = " to ".join(f"{statistics.mean(pair):.4f}" for pair in zip(*losses, strict=True)) if losses else ""
         top1, seconds = (statistics.mean(row[key] for row in rows) for key in ("top1", "seconds"))
-        shown = f"**{value}**" if value == standard else f"{value}"
+        shown = f"**{told(value)}**" if value == standard else told(value)
         lines.append(f"| `{option}` | {shown} | {distance} | {loss} | {top1:.2f} % | {seconds:.0f} |")
     return "\n".join(lines)
 
