@@ -81,7 +81,7 @@ def ours(task: Task, **settings: Any) -> Pruned:
 
 
 def scratch(task: Task) -> Pruned:
-    """The network that kcrprune's scores plan, with fresh weights."""
+    """The network that kcrprune plans by its Fisher scores, with fresh weights."""
     with TemporaryDirectory() as folder:
         result = _compressed(task, Path(folder), search_steps=0, refit=False)
         plan = open_model(result.folder).plan

@@ -69,7 +69,7 @@ class Bench:
         return folder
 
     def spectrum(self, path: Path) -> np.ndarray:
-        """Eigenvalues of the features' second moment as shares of their sum, on the calibration images of seed 0."""
+        """Eigenvalues of the features' second moment as shares of their sum, on the same calibration images."""
         opened = open_model(path)
         config: RunConfig = load_config(None, None, {"data": str(self.data), "target_flops": self.target})
         images = open_images(config, opened.preprocessing, class_count(opened.model))
