@@ -203,6 +203,10 @@ def fitted_linears(model: nn.Module, plan: ChannelPlan) -> Iterator[tuple[str, s
     """Every refitted linear, the module whose output shows what it was fitted to, and the dense channels it keeps."""
     for site, block in zip(sites(model), plan.blocks, strict=True):
         everything = slice(None)
+        for entry in site.entry:
+            inside = model.get_submodule(entry).named_modules()
+            for name in [f"{entry}.{name}" for name, module in inside if isinstance(module, nn.Linear)]:
+                yield name, name, everything
         yield site.qkv, site.qkv, qkv_rows(site, block)
         yield site.proj, f"{site.name}.{site.norm2}", everything
         yield site.fc1, site.fc1, list(block.mlp_hidden.indices)

@@ -18,11 +18,13 @@ from kcrprune.surgery.swap import linear_at
 def expand_(model: nn.Module, pruned: nn.Module, sites: Sequence[BlockSite], plan: ChannelPlan) -> nn.Module:
     """Makes the dense-shaped `model` compute what `pruned` computes; both came from the same network.
 
-    Only the linears of the blocks and the classifier are written, since a cut and a refit change nothing else.
+    Only the linears are written, of the blocks, between them and of the classifier: a cut and a refit change no more.
     """
     for whole, part in zip(classifiers(model), classifiers(pruned), strict=True):
         whole.load_state_dict(part.state_dict())
     for site, block in zip(sites, plan.blocks, strict=True):
+        for name in site.entry:
+            model.get_submodule(name).load_state_dict(pruned.get_submodule(name).state_dict())
         value = head_rows(block.heads.indices, block.attn_value, site.head_dim)
         io, hidden = block.mlp_io.indices, block.mlp_hidden.indices
         _write_(linear_at(model, site.qkv), linear_at(pruned, site.qkv), qkv_rows(site, block), range(site.width))

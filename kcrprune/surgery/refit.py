@@ -2,16 +2,16 @@
 
 Block after block, on the features that the already cut network produces: the linears that write to the residual
 stream, proj and fc2, are fitted so that the cut network's stream comes back to the dense network's; those that read it,
-qkv and fc1, so that what they kept of their outputs comes back to the dense network's; last the classifier, to the
-dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut further up as much as
-behind one of its own. No training, no labels, one pass.
+qkv, fc1 and the merging of patches, so that what they kept of their outputs comes back to the dense network's; last the
+classifier, to the dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut
+further up as much as behind one of its own. No training, no labels, one pass.
 The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
 
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,107 +76,104 @@ def refit_(
     rotated `dense` is the rotated network. Memory: two residual streams of all images.
     """
     device = next(pruned.parameters()).device
+    whole = _Pair(dense, pruned, ridge, device)
     dense_streams = [input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
     cut_streams = [input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
     cut = False
     for done, (site, block) in enumerate(zip(sites, plan.blocks, strict=True), start=1):
         for name in site.entry:
-            _advance_(dense.get_submodule(name), dense_streams, device)
-            _advance_(pruned.get_submodule(name), cut_streams, device)
-        pair = _BlockPair(dense.get_submodule(site.name), pruned.get_submodule(site.name), site, block, ridge, device)
-        cut = cut or pair.differ
+            whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut)
+        pair = whole.at(site.name)
+        cut = cut or not (block.is_all and pair.equal)
         if cut:
-            pair.refit_(dense_streams, cut_streams)
+            _refit_block_(pair, site, block, dense_streams, cut_streams)
         else:
-            pair.pass_by_(dense_streams, cut_streams)
+            pair.advance_(dense_streams, cut_streams)
         on_block(done)
     if cut:
-        _refit_classifiers_(pruned, dense, batches, CLASSIFIER_RIDGE * ridge)
+        names = {module: name for name, module in pruned.named_modules()}
+        for classifier in classifiers(pruned):
+            whole.refit_reader_(names[classifier], batches, batches, strength=CLASSIFIER_RIDGE)
     return pruned
 
 
-@dataclass
-class _BlockPair:
-    """One block in its dense and its cut form."""
+@dataclass(frozen=True)
+class _Pair:
+    """A module in its dense and its cut form."""
 
     dense: nn.Module
     cut: nn.Module
-    site: BlockSite
-    block: BlockPlan
     ridge: float
     device: torch.device
 
+    def at(self, name: str) -> "_Pair":
+        """A part of both."""
+        return replace(self, dense=self.dense.get_submodule(name), cut=self.cut.get_submodule(name))
+
     @property
-    def differ(self) -> bool:
-        """Something was cut, or trained since."""
+    def equal(self) -> bool:
+        """No weight differs; for modules of the same shapes."""
         weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
-        return not (self.block.is_all and all(torch.equal(ours, theirs) for ours, theirs in weights))
+        return all(torch.equal(ours, theirs) for ours, theirs in weights)
 
-    def refit_(self, dense_streams: Streams, cut_streams: Streams) -> None:
-        """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place."""
-        self._refit_qkv_(dense_streams, cut_streams)
-        self._refit_proj_(dense_streams, cut_streams)
-        self._refit_fc1_(dense_streams, cut_streams)
-        _advance_(self.dense, dense_streams, self.device)
-        self._refit_fc2_(dense_streams, cut_streams)
-        _advance_(self.cut, cut_streams, self.device)
-
-    def pass_by_(self, dense_streams: Streams, cut_streams: Streams) -> None:
-        """Moves both streams behind a block that is the dense one, as are those before it."""
+    def advance_(self, dense_streams: Streams, cut_streams: Streams) -> None:
+        """Moves both streams behind the module, batch by batch in place."""
         _advance_(self.dense, dense_streams, self.device)
         _advance_(self.cut, cut_streams, self.device)
 
-    def _refit_qkv_(self, dense_in: Streams, cut_in: Streams) -> None:
-        name = f"{self.site.attn}.qkv"
-        qkv = linear_at(self.cut, name)
-        sums = NormalEquations.for_linear(qkv)
-        rows = torch.tensor(qkv_rows(self.site, self.block), device=self.device)
-        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
-            z, y = self._input_and_wanted(name, dense_stream, cut_stream)
-            sums.add_(qkv, z, y[:, rows])  # window padding included: it makes keys and values too
-        _correct_(qkv, sums, self.ridge)
+    def refit_entry_(self, dense_streams: Streams, cut_streams: Streams, *, cut: bool) -> None:
+        """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
+        for name in [name for name, module in self.cut.named_modules() if cut and isinstance(module, nn.Linear)]:
+            self.refit_reader_(name, dense_streams, cut_streams)
+        self.advance_(dense_streams, cut_streams)
 
-    def _refit_proj_(self, dense_in: Streams, cut_in: Streams) -> None:
-        proj = linear_at(self.cut, f"{self.site.attn}.proj")
-        gamma = self._layer_scale(self.site.scale1)
+    def refit_reader_(
+        self,
+        name: str,
+        dense_in: Sequence[Tensor],
+        cut_in: Sequence[Tensor],
+        *,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Fits the linear `name` to what it puts out in the dense module; `strength` multiplies the ridge.
+
+        `rows` and `columns` are the dense outputs and inputs that the cut left to it; None is all of them.
+        """
+        linear = linear_at(self.cut, name)
+        sums = NormalEquations.for_linear(linear)
+        for dense_x, cut_x in zip(dense_in, cut_in, strict=True):
+            z = input_of(self.cut, name, cut_x.to(self.device)).flatten(0, -2)
+            y = linear_at(self.dense, name)(input_of(self.dense, name, dense_x.to(self.device))).flatten(0, -2)
+            sums.add_(linear, _taken(z, columns), _taken(y, rows))
+        _correct_(linear, sums, strength * self.ridge)
+
+    def refit_proj_(self, site: BlockSite, dense_in: Streams, cut_in: Streams) -> None:
+        """Fits proj of a block to what brings the stream behind attention to the dense one."""
+        name = f"{site.attn}.proj"
+        proj, gamma = linear_at(self.cut, name), self._layer_scale(site.scale1)
         sums = NormalEquations.for_linear(proj)
         for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
             stream = cut_stream.to(self.device)
-            z = input_of(self.cut, f"{self.site.attn}.proj", stream)
-            target = input_of(self.dense, self.site.norm2, dense_stream.to(self.device))
-            wanted = as_attention_sees(self.cut, self.site, target.view_as(stream) - stream)
-            real = real_tokens(self.cut, self.site, stream)
+            z = input_of(self.cut, name, stream)
+            target = input_of(self.dense, site.norm2, dense_stream.to(self.device))
+            wanted = as_attention_sees(self.cut, site, target.view_as(stream) - stream)
+            real = real_tokens(self.cut, site, stream)
             sums.add_(proj, z.flatten(0, -2)[real], wanted.flatten(0, -2)[real] / gamma)
         _correct_(proj, sums, self.ridge)
 
-    def _refit_fc1_(self, dense_in: Streams, cut_in: Streams) -> None:
-        name = f"{self.site.mlp}.fc1"
-        fc1 = linear_at(self.cut, name)
-        sums = NormalEquations.for_linear(fc1)
-        io = torch.tensor(self.block.mlp_io.indices, device=self.device)
-        hidden = torch.tensor(self.block.mlp_hidden.indices, device=self.device)
-        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
-            z, y = self._input_and_wanted(name, dense_stream, cut_stream)
-            sums.add_(fc1, z[:, io], y[:, hidden])
-        _correct_(fc1, sums, self.ridge)
-
-    def _input_and_wanted(self, name: str, dense_stream: Tensor, cut_stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that the linear `name` reads in the cut block (n, D), and what it makes of them in the dense one."""
-        z = input_of(self.cut, name, cut_stream.to(self.device))
-        y = linear_at(self.dense, name)(input_of(self.dense, name, dense_stream.to(self.device)))
-        return z.flatten(0, -2), y.flatten(0, -2)
-
-    def _refit_fc2_(self, dense_out: Streams, cut_in: Streams) -> None:
-        fc2 = linear_at(self.cut, f"{self.site.mlp}.fc2")
-        io = torch.tensor(self.block.mlp_io.indices, device=self.device)
-        gamma = self._layer_scale(self.site.scale2)
+    def refit_fc2_(self, site: BlockSite, io: Sequence[int], dense_out: Streams, cut_in: Streams) -> None:
+        """Fits fc2 of a block to what brings the stream behind the block to the dense one, in the channels `io`."""
+        name = f"{site.mlp}.fc2"
+        fc2, gamma = linear_at(self.cut, name), self._layer_scale(site.scale2)
         sums = NormalEquations.for_linear(fc2)
         for target, stream in zip(dense_out, cut_in, strict=True):
             stream = stream.to(self.device)
-            z = input_of(self.cut, f"{self.site.mlp}.fc2", stream)
-            middle = input_of(self.cut, self.site.norm2, stream)
+            z = input_of(self.cut, name, stream)
+            middle = input_of(self.cut, site.norm2, stream)
             wanted = (target.to(self.device).view_as(middle) - middle) / gamma
-            sums.add_(fc2, z.flatten(0, -2), wanted.flatten(0, -2)[:, io])
+            sums.add_(fc2, z.flatten(0, -2), _taken(wanted.flatten(0, -2), io))
         _correct_(fc2, sums, self.ridge)
 
     def _layer_scale(self, name: str | None) -> Tensor:
@@ -187,15 +184,22 @@ class _BlockPair:
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
 
 
-def _refit_classifiers_(pruned: nn.Module, dense: nn.Module, batches: Sequence[Tensor], ridge: float) -> None:
-    names = {module: name for name, module in pruned.named_modules()}
-    for classifier in classifiers(pruned):
-        name, device = names[classifier], classifier.weight.device
-        sums = NormalEquations.for_linear(classifier)
-        for images in batches:
-            z, dense_z = (input_of(model, name, images.to(device)) for model in (pruned, dense))
-            sums.add_(classifier, z, linear_at(dense, name)(dense_z))
-        _correct_(classifier, sums, ridge)
+def _refit_block_(pair: _Pair, site: BlockSite, block: BlockPlan, dense_streams: Streams, cut_streams: Streams) -> None:
+    """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place.
+
+    qkv on the padding of windows too, which makes keys and values.
+    """
+    io, hidden = block.mlp_io.indices, block.mlp_hidden.indices
+    pair.refit_reader_(f"{site.attn}.qkv", dense_streams, cut_streams, rows=qkv_rows(site, block))
+    pair.refit_proj_(site, dense_streams, cut_streams)
+    pair.refit_reader_(f"{site.mlp}.fc1", dense_streams, cut_streams, rows=hidden, columns=io)
+    _advance_(pair.dense, dense_streams, pair.device)
+    pair.refit_fc2_(site, io, dense_streams, cut_streams)
+    _advance_(pair.cut, cut_streams, pair.device)
+
+
+def _taken(tokens: Tensor, channels: Sequence[int] | None) -> Tensor:
+    return tokens if channels is None else tokens[:, torch.tensor(channels, device=tokens.device)]
 
 
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
