@@ -43,7 +43,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
             ("mlp_hidden", "attn_query", "attn_value", "mlp_io"),
             ("mlp_hidden", "attn_query", "attn_value", "heads"),
             ("mlp_hidden", "attn_query", "heads"),
-            ("mlp_io", "mlp_hidden"),
+            ("mlp_hidden", "attn_query", "attn_value", "mlp_io", "heads"),
         ),
     },
     "search": {
