@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from kcrprune.artifact.checkpoint import save_model
-from kcrprune.plan import Preprocessing
+from kcrprune.plan import BlockPlan, ChannelPlan, Kept, Preprocessing
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -34,6 +34,7 @@ def scripts(monkeypatch):
         "peer_row",
         "peer_table",
         "peers",
+        "pictures",
         "real_path",
     ):
         sys.modules.pop(name, None)
@@ -355,3 +356,32 @@ def test_a_seed_goes_through_the_whole_grid_and_the_strongest_term_sees_all_imag
     assert len(set(grid)) == 16
     assert [cell.share for cell in grid if cell.kernel_weight == 10] == [1.0]
     assert [cell.search_split for cell in cells(("split",), with_split=True)] == [0.8, 0.7, 0.6]
+
+
+def test_pictures_show_how_often_each_channel_is_kept(tmp_path):
+    from pictures import draw_kept, draw_kernel, kept_shares  # type: ignore[import-not-found]
+
+    def block(site, hidden, first, second):
+        whole, heads = Kept.all_of(4), (Kept(width=3, indices=first), Kept(width=3, indices=second))
+        return BlockPlan(
+            site=site,
+            mlp_io=whole,
+            mlp_hidden=Kept(width=4, indices=hidden),
+            heads=Kept.all_of(2),
+            attn_query=heads,
+            attn_value=heads,
+        )
+
+    plans = [
+        ChannelPlan(architecture="x", blocks=(block("a", (0, 1), (0, 1), (0, 2)), block("b", (3,), (0,), (0,)))),
+        ChannelPlan(architecture="x", blocks=(block("a", (0, 2), (0, 1), (0, 1)), block("b", (3,), (0,), (1,)))),
+    ]
+    assert [row.tolist() for row in kept_shares(plans, "mlp_hidden")] == [[1, 0.5, 0.5, 0], [0, 0, 0, 1]]
+    assert [row.tolist() for row in kept_shares(plans, "attn_query")] == [[1, 0.75, 0.25], [0.75, 0.25, 0]]
+    draw_kept(plans, "two plans", tmp_path / "kept.png")
+    spectra = {"dense": np.array([0.9, 0.1]), "trained": np.array([0.8, 0.2])}
+    draw_kernel(spectra, {"trained": [(1, 0.2), (2, 0.1)]}, tmp_path / "kernel.png")
+    for name in ("kept", "kernel"):
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+        assert pixels.shape[1] > 1000
+        assert pixels.std() > 10  # something is drawn

@@ -114,12 +114,13 @@ def draw_kept(plans: Sequence[ChannelPlan], title: str, path: Path) -> None:
 def draw_kernel(spectra: Mapping[str, np.ndarray], courses: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
     """Spectra beside KC over the steps of recovery."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    colours = {label: f"C{number}" for number, label in enumerate(spectra)}
     for label, spectrum in spectra.items():
-        left.semilogy(np.arange(1, len(spectrum) + 1), spectrum, label=label, linewidth=1.3)
+        left.semilogy(np.arange(1, len(spectrum) + 1), spectrum, colours[label], label=label, linewidth=1.3)
     left.set(title="spectrum of the features", xlabel="number of the eigenvalue", ylabel="share of the trace")
     left.set_ylim(bottom=1e-8)
     for label, course in courses.items():
-        right.plot(*zip(*course, strict=True), label=label, linewidth=1.3)
+        right.plot(*zip(*course, strict=True), colours[label], label=label, linewidth=1.3)
     right.set(title="KC of the images of the last steps, while trained", xlabel="step of recovery", ylabel="KC")
     for panel in (left, right):
         _tidy_(panel)
