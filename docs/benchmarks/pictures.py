@@ -6,7 +6,7 @@ Compresses one network of this folder without training by several seeds, which d
 refitted on, and with training by one seed for several weights of the kernel term (labels alone, to the last step, as
 in kernel_term.py). RESULTS/kept-NETWORK.png shows the share of the seeds that keep a channel,
 RESULTS/kernel-NETWORK.png the spectrum of the features before and after and KC while the network is trained. A finished
-run is kept below RESULTS and not repeated.
+run is kept below RESULTS and not repeated. matplotlib comes with the extra `dev`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 
 import kcrprune
 from kcrprune.artifact.checkpoint import open_model
-from kcrprune.config import RunConfig, load_config
+from kcrprune.config import load_config
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
 from kcrprune.plan import Axis, ChannelPlan, Kept
@@ -71,7 +71,7 @@ class Bench:
     def spectrum(self, path: Path) -> np.ndarray:
         """Eigenvalues of the features' second moment as shares of their sum, on the same calibration images."""
         opened = open_model(path)
-        config: RunConfig = load_config(None, None, {"data": str(self.data), "target_flops": self.target})
+        config = load_config(None, None, {"data": str(self.data), "target_flops": self.target})
         images = open_images(config, opened.preprocessing, class_count(opened.model))
         spectrum = feature_covariance(opened.model.eval(), divide(images, config).calibration).spectrum().numpy()
         return spectrum / spectrum.sum()

@@ -46,7 +46,7 @@ def recover_(
     Without `config.keep_best` it ends with the last weights.
 
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
-    above 5e-5, hence the small default and the look back.
+    of 5e-5 and more, hence the small default and the look back.
     """
     device = accelerator.device
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)

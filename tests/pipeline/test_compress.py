@@ -194,6 +194,7 @@ def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_pa
     path = bare_backbone(tmp_path / "x.safetensors")
     result = pipeline.compress(path, config, tmp_path / "run", ignore)
     steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert len(steps) == SHORT.recover_steps
     assert all("labels" in step and "distill" not in step for step in steps)
     for wrong in ({"task": "distill"}, {"recover_steps": 0}, {"labels": False}):
         with pytest.raises(ConfigError, match="the classifier is new, so it must be trained"):
