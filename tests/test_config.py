@@ -22,7 +22,7 @@ def test_a_flag_wins_over_the_file_which_wins_over_the_recipe(toml):
     written = load_config("no-train", file)
     flagged = load_config("no-train", file, {"recover_steps": 9})
     assert (recipe.search_steps, recipe.recover_steps) == (0, 0)
-    assert recipe.calibration_images > RunConfig().calibration_images  # nothing else brings the network back
+    assert recipe.calibration_images > RunConfig().calibration_images
     assert (written.search_steps, written.recover_steps) == (7, 8)
     assert (flagged.search_steps, flagged.recover_steps) == (7, 9)
 
