@@ -97,6 +97,10 @@ class RunConfig(Frozen):
         default=1e-3,
         description="Ridge of the refit, as a share of the mean input energy; a hundred times that for the classifier.",
     )
+    reconstruct_epochs: NonNegativeInt = Field(
+        default=0, description="Passes over the calibration images that train each refitted block by itself; 0: none."
+    )
+    reconstruct_lr: PositiveFloat = Field(default=3e-4, description="Learning rate of the reconstruction.")
 
     stages: PositiveInt = Field(
         default=1, description="Stages in which the budget tightens; each scores, cuts and refits."
@@ -164,6 +168,8 @@ class RunConfig(Frozen):
             raise ValueError(f"temperature_floor {self.temperature_floor} is above temperature {self.temperature}")
         if self.scores == "innovation" and not self.refit:
             raise ValueError("scores innovation price what a refit makes up for, and refit is off; choose fisher")
+        if self.reconstruct_epochs > 0 and not self.refit:
+            raise ValueError("reconstruct_epochs train blocks on from their refit, and refit is off; give 0")
         if self.scores == "equal" and self.search_steps == 0:
             raise ValueError("scores equal rank nothing by themselves; give search_steps, or choose other scores")
         return self

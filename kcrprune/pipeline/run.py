@@ -36,6 +36,7 @@ from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
@@ -235,7 +236,9 @@ class Run:
         return results[best]
 
     def _refit(self, pruned: nn.Module, plan: ChannelPlan, name: str) -> None:
-        stage = f"refit ({name})"
+        stage, config = f"refit ({name})", self.config
+        generator = torch.Generator().manual_seed(config.seed)
+        reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, generator)
         with self.stage(stage, len(self.purse.sites)):
             refit_(
                 pruned,
@@ -243,7 +246,8 @@ class Run:
                 self.purse.sites,
                 plan,
                 self.parts.calibration,
-                ridge=self.config.refit_ridge,
+                ridge=config.refit_ridge,
+                fit_block=reconstruction if config.reconstruct_epochs > 0 else None,
                 on_block=lambda done: self.listener(StepDone(stage, done)),
             )
 

@@ -25,6 +25,7 @@ from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
 
 Streams = list[Tensor]  # the residual stream of each batch of images
+FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
 
 
 @dataclass
@@ -68,12 +69,14 @@ def refit_(
     batches: Sequence[Tensor],
     *,
     ridge: float = 1e-3,
+    fit_block: FitBlock | None = None,
     on_block: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
     """Refits the linears of `pruned`, which was cut out of `dense`, towards `dense` on `batches` of images.
 
     `sites` are those of the dense model. The channels of a head must mean the same in both, so where heads were
-    rotated `dense` is the rotated network. Memory: two residual streams of all images.
+    rotated `dense` is the rotated network. `fit_block` is called after the linears of each block, and may bring the
+    block as a whole nearer to the dense stream. Memory: two residual streams of all images.
     """
     device = next(pruned.parameters()).device
     whole = _Pair(dense, pruned, ridge, device)
@@ -86,7 +89,7 @@ def refit_(
         pair = whole.at(site.name)
         cut = cut or not (block.is_all and pair.equal)
         if cut:
-            _refit_block_(pair, site, block, dense_streams, cut_streams)
+            _refit_block_(pair, site, block, dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
@@ -184,7 +187,14 @@ class _Pair:
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
 
 
-def _refit_block_(pair: _Pair, site: BlockSite, block: BlockPlan, dense_streams: Streams, cut_streams: Streams) -> None:
+def _refit_block_(
+    pair: _Pair,
+    site: BlockSite,
+    block: BlockPlan,
+    dense_streams: Streams,
+    cut_streams: Streams,
+    fit_block: FitBlock | None,
+) -> None:
     """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place.
 
     qkv on the padding of windows too, which makes keys and values.
@@ -195,6 +205,8 @@ def _refit_block_(pair: _Pair, site: BlockSite, block: BlockPlan, dense_streams:
     pair.refit_reader_(f"{site.mlp}.fc1", dense_streams, cut_streams, rows=hidden, columns=io)
     _advance_(pair.dense, dense_streams, pair.device)
     pair.refit_fc2_(site, io, dense_streams, cut_streams)
+    if fit_block is not None:
+        fit_block(pair.cut, cut_streams, dense_streams)
     _advance_(pair.cut, cut_streams, pair.device)
 
 
