@@ -1,12 +1,13 @@
 """Why the defaults are what they are: one option varied at a time, all others at their defaults.
 
-    python docs/benchmarks/defaults.py --cache CACHE --out RESULTS [--network deit] [--parts plan search recovery]
+    python docs/benchmarks/defaults.py --cache CACHE --out RESULTS [--network deit] [--parts plan recovery]
 
 Each run is `kcrprune.compress` on CIFAR-10. `plan` varies what happens without training (no search, no recovery),
-`search` adds a search of 60 steps, `recovery` the default recovery to its last step. The measure is the distance to the
-dense network (KL divergence in nats an image) after cut and refit, and the task loss after recovery, both on 512
-training images that are held out; top-1 on the first 2,000 test images has a standard error of 0.9 points and decides
-nothing. A finished run is kept below RESULTS and not repeated.
+`reconstruction` varies that of the recipe `no-train`, `search` adds a search of 60 steps, `recovery` the default
+recovery to its last step. The measure is the distance to the dense network (KL divergence in nats an image) after cut
+and refit, and the task loss after recovery, both on 512 training images that are held out; top-1 on the first 2,000
+test images has a standard error of 0.9 points and decides nothing. A finished run is kept below RESULTS and not
+repeated.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common import WEIGHTS, first_images, machine_facts
 
 import kcrprune
 from kcrprune import RunConfig
+from kcrprune.config import load_config
 
 TEST_IMAGES = 2000  # top-1 is measured on the first of them
 log = logging.getLogger("defaults")
@@ -45,6 +47,11 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
             ("mlp_hidden", "attn_query", "heads"),
             ("mlp_hidden", "attn_query", "attn_value", "mlp_io", "heads"),
         ),
+    },
+    "reconstruction": {
+        "reconstruct_epochs": (0, 2, 4, 8, 16),
+        "reconstruct_lr": (1e-4, 3e-4, 1e-3),
+        "calibration_images": (1024, 2048, 4096),
     },
     "search": {
         "search_steps": (30, 60, 120),
@@ -74,6 +81,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 FIXED: Mapping[str, Mapping[str, Any]] = {
     "plan": {"search_steps": 0, "recover_steps": 0},
+    "reconstruction": load_config("no-train").model_dump(exclude_defaults=True),
     "search": {"search_steps": 60, "recover_steps": 0},
     "recovery": {"search_steps": 0, "keep_best": False},
 }
