@@ -4,10 +4,9 @@
 
 Each run is `kcrprune.compress` on CIFAR-10. `plan` varies what happens without training (no search, no recovery),
 `reconstruction` adds 8 passes of that, `search` a search of 60 steps, `recovery` the default recovery to its last step.
-The measure is the distance to the dense network (KL divergence in nats an image) after cut
-and refit, and the task loss after recovery, both on 512 training images that are held out; top-1 on the first 2,000
-test images has a standard error of 0.9 points and decides nothing. A finished run is kept below RESULTS and not
-repeated.
+The measure is the distance to the dense network (KL divergence in nats an image) after cut and refit, and the task loss
+after recovery, both on 512 training images that are held out; top-1 on the first 2,000 test images has a standard error
+of 0.9 points and decides nothing. A finished run is kept below RESULTS and not repeated.
 """
 
 import argparse
