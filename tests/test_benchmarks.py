@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import kcrprune
 from kcrprune.artifact.checkpoint import save_model
 from kcrprune.plan import BlockPlan, ChannelPlan, Kept, Preprocessing
 
@@ -30,6 +31,7 @@ def scripts(monkeypatch):
         "kernel",
         "kernel_tables",
         "kernel_term",
+        "moves",
         "peer_methods",
         "peer_row",
         "peer_table",
@@ -169,10 +171,8 @@ def protocol():
 
 
 @pytest.fixture
-def bench(tiny_vit, tmp_path):
-    """A tiny network with images of noise."""
-    from peer_row import Bench  # type: ignore[import-not-found]
-
+def noise(tiny_vit, tmp_path):
+    """A tiny network and a folder of images of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
         path = tmp_path / "data" / ("train" if index < 64 else "validation") / f"class{index % 5}" / f"{index:05}.png"
@@ -188,7 +188,33 @@ def bench(tiny_vit, tmp_path):
         class_names=None,
         record={},
     )
-    return Bench.open(checkpoint, tmp_path / "data", tmp_path / "data", protocol(), tmp_path / "results")
+    return checkpoint, tmp_path / "data"
+
+
+@pytest.fixture
+def bench(noise, tmp_path):
+    """Rows of peers of that network."""
+    from peer_row import Bench  # type: ignore[import-not-found]
+
+    checkpoint, data = noise
+    return Bench.open(checkpoint, data, data, protocol(), tmp_path / "results")
+
+
+def test_moves_start_from_the_plan_that_the_tool_makes(noise, tmp_path):
+    from moves import FACTORS, Bench, moves, to_markdown  # type: ignore[import-not-found]
+
+    checkpoint, data = noise
+    run = tmp_path / "run"
+    kcrprune.compress(checkpoint, target_flops=0.75, data=str(data), out=run, recover_steps=0, workers=0, seed=1)
+    bench = Bench(checkpoint, data, 0.75, seed=1)
+    assert bench.plan({}) == ChannelPlan.model_validate_json((run / "plan.json").read_text())
+    base, found, same = moves(bench)
+    told = json.loads((run / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]["scores"]
+    assert float(base[0].mean()) == pytest.approx(told, rel=1e-4)
+    assert len(found) - 1 + same == len(FACTORS) * len(list(bench.groups()))
+    assert found[-1].name.endswith("at once")
+    assert len(found) > 1, "some move changes the plan"
+    assert f"{same} moves leave it as it is" in to_markdown(base, found, same)
 
 
 def test_rows_share_one_protocol_and_a_peer_that_is_missing_has_one(bench, monkeypatch):
