@@ -164,6 +164,17 @@ def test_rows_of_another_protocol_are_not_mixed(tmp_path):
         same_protocol(tmp_path / "protocol.json", replace(protocol(), steps=3))
 
 
+def test_a_step_that_was_told_something_else_is_refused(tmp_path):
+    from real_path import Bench  # type: ignore[import-not-found]
+
+    bench = Bench(tmp_path, None, tmp_path, ())
+    told = {"command": ["export", "a"], "seconds": 1.0, "result": {}}
+    (tmp_path / "step.json").write_text(json.dumps(told))
+    assert bench.once(tmp_path / "step.json", ["export", "a"]) == told
+    with pytest.raises(SystemExit, match=r"step.json was made by another command, export a; name another --out"):
+        bench.once(tmp_path / "step.json", ["export", "b"])
+
+
 def protocol():
     from peer_table import Protocol  # type: ignore[import-not-found]
 

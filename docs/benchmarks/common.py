@@ -15,7 +15,11 @@ LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
 
 
 def first_images(data: Path, folder: Path, count: int) -> Path:
-    """An image folder of links to all training images and to the first `count` test images of `data`."""
+    """An image folder of links to all training images and to the first `count` test images of `data`.
+
+    `folder` gets the count behind its name.
+    """
+    folder = folder.with_name(f"{folder.name}-{count}")
     if not folder.exists():
         for path in sorted((data / "validation").glob("*/*.png"), key=lambda path: path.name)[:count]:
             link = folder / "validation" / path.parent.name / path.name

