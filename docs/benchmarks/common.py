@@ -1,5 +1,6 @@
 """What the benchmark scripts share: their networks, links to some of the images, where a run was made (no torch)."""
 
+import argparse
 import os
 import platform
 from collections.abc import Sequence
@@ -12,6 +13,16 @@ from kcrprune import __version__
 
 WEIGHTS = Path(__file__).parent / "weights"
 LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What a script is told that measures one of the networks of this folder at one target."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--network", default="deit", choices=["deit", "swin", "tiny_vit"])
+    parser.add_argument("--target", type=float, default=0.35)
+    return parser
 
 
 def first_images(data: Path, folder: Path, count: int) -> Path:

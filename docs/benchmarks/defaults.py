@@ -9,7 +9,6 @@ after recovery, both on 512 training images that are held out; top-1 on the firs
 of 0.9 points and decides nothing. A finished run is kept below RESULTS and not repeated.
 """
 
-import argparse
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fetch
-from common import WEIGHTS, first_images, machine_facts
+from common import WEIGHTS, first_images, machine_facts, parser_of
 
 import kcrprune
 from kcrprune import RunConfig
@@ -165,12 +164,8 @@ def table(part: str, found: Mapping[tuple[str, Any], list[dict[str, Any]]]) -> s
 
 def main() -> None:
     """Runs the sweep and writes the tables after every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--network", default="deit", choices=["deit", "swin", "tiny_vit"])
+    parser = parser_of(__doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--target", type=float, default=0.35)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

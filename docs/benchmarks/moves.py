@@ -11,7 +11,6 @@ that leave the plan as it is are counted and not refitted. The table is RESULTS/
 figures beside it as JSON.
 """
 
-import argparse
 import copy
 import json
 import logging
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import fetch
 import torch
-from common import WEIGHTS, first_images, machine_facts
+from common import WEIGHTS, first_images, machine_facts, parser_of
 from torch import Tensor, nn
 
 from kcrprune.config import load_config
@@ -159,11 +158,7 @@ def to_markdown(base: Sequence[Tensor], found: Sequence[Move], same: int) -> str
 
 def main() -> None:
     """Tries all moves and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--network", default="deit", choices=["deit", "swin", "tiny_vit"])
-    parser.add_argument("--target", type=float, default=0.35)
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

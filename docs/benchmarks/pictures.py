@@ -9,7 +9,6 @@ RESULTS/kernel-NETWORK.png the spectrum of the features before and after and KC 
 run is kept below RESULTS and not repeated. matplotlib comes with the extra `dev`.
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import fetch
 import matplotlib as mpl
 import numpy as np
-from common import WEIGHTS, first_images
+from common import WEIGHTS, first_images, parser_of
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -141,11 +140,7 @@ def course_of(run: Path) -> list[tuple[int, float]]:
 
 def main() -> None:
     """Makes the runs and draws both pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--network", default="deit", choices=["deit", "swin", "tiny_vit"])
-    parser.add_argument("--target", type=float, default=0.35)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
