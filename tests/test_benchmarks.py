@@ -31,6 +31,7 @@ def scripts(monkeypatch):
         "kernel",
         "kernel_tables",
         "kernel_term",
+        "kernel_where",
         "moves",
         "peer_methods",
         "peer_row",
@@ -422,3 +423,22 @@ def test_pictures_show_how_often_each_channel_is_kept(tmp_path):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert pixels.shape[1] > 1000
         assert pixels.std() > 10  # something is drawn
+
+
+def test_a_trial_of_the_kernel_term_acts_on_the_features_that_it_names(noise, tmp_path, monkeypatch):
+    import kernel_where  # type: ignore[import-not-found]
+
+    checkpoint, data = noise
+    protocol = kernel_where.Protocol(target=0.75, share=1.0, steps=4, test_images=16, calibration_images=32)
+    bench = kernel_where.Bench(checkpoint, data, tmp_path / "results", protocol)
+    found = [bench.outcome(trial, seed=0) for trial in kernel_where.TRIALS]
+    losses = {one.name: one.test["loss"] for one in found}
+    without = losses[kernel_where.WITHOUT]
+    same = {name for name, loss in losses.items() if loss == without}
+    assert same == {kernel_where.WITHOUT}, "every trial does something"
+    assert len({one.before["loss"] for one in found}) == 2, "refitted and not"
+    rows = {row[0]: row for row in kernel_where.to_table(found).rows}
+    assert rows[kernel_where.WITHOUT][2] == f"{without:.4f}"
+    assert rows["weight 1"][2] == f"{losses['weight 1'] - without:+.4f}"
+    kept = (tmp_path / "results" / "seed0" / "weight_1.json").read_text()
+    assert bench.outcome(kernel_where.TRIALS[3], seed=0).test["loss"] == json.loads(kept)["test"]["loss"]

@@ -211,10 +211,11 @@ def _cells(
 
 def _spread(rows: Sequence[Row], name: str) -> str:
     form, figure = FIGURES[name]
-    return _with_error(form, *mean_and_deviation([value for row in rows if (value := figure(row)) is not None]))
+    return with_error(form, *mean_and_deviation([value for row in rows if (value := figure(row)) is not None]))
 
 
-def _with_error(form: str, mean: float, error: float | None, sign: str = "") -> str:
+def with_error(form: str, mean: float, error: float | None, sign: str = "") -> str:
+    """A mean in `form` and, where there is one, its error."""
     told = form.replace(":", f":{sign}").format(mean)
     return told if error is None else f"{told} ± {form.format(error)}"
 
@@ -233,13 +234,13 @@ def _plans(rows: Sequence[Row]) -> Table:
     lines = []
     for cell, members in by_cell([row for row in rows if len(row.distances) > 1]).items():
         texts = [
-            _with_error("{:.3g}", *mean_and_deviation([getattr(row, kind)[plan] for row in members]))
+            with_error("{:.3g}", *mean_and_deviation([getattr(row, kind)[plan] for row in members]))
             for kind in ("uncorrected", "distances")
             for plan in ("scores", "search")
         ]
         sides = ({row.seed: row.distances[plan] for row in members} for plan in ("search", "scores"))
         seeds, mean, error = paired(*sides)
-        lines.append((*_label(cell), str(seeds), *texts, _with_error("{:.2g}", mean, error, sign="+")))
+        lines.append((*_label(cell), str(seeds), *texts, with_error("{:.2g}", mean, error, sign="+")))
     header = (
         "method", "kernel weight", "share of images", "seeds", "scores, before refit", "search, before refit",
         "scores, refitted", "search, refitted", "search minus scores, ± standard error",
@@ -258,7 +259,7 @@ def _differences(rows: Sequence[Row]) -> Table:
         for name in COMPARED:
             form, figure = FIGURES[name]
             seeds, mean, error = paired(*({row.seed: figure(row) for row in side} for side in (members, off)))
-            texts.append(_with_error(form, mean, error, sign="+"))
+            texts.append(with_error(form, mean, error, sign="+"))
         lines.append((*_label(cell), str(seeds), *texts))
     header = ("method", "kernel weight", "share of images", "seeds", *COMPARED)
     return Table("With the kernel term minus without, ± standard error", header, tuple(lines))

@@ -28,7 +28,10 @@ class Loss:
 
 @dataclass
 class Objective:
-    """What search and recovery minimise; `basis` (d, r) is refreshed by whoever trains."""
+    """What search and recovery minimise; `basis` (d, r) is refreshed by whoever trains.
+
+    `tap` keeps the features that the kernel term acts on; those that enter the classifier unless told otherwise.
+    """
 
     dense: Callable[[Tensor], Tensor]
     use_labels: bool
@@ -38,10 +41,11 @@ class Objective:
     smoothing: float = 0.0
     temperature: float = 1.0
     basis: Tensor | None = None
+    tap: Callable[[nn.Module], FeatureTap] = FeatureTap
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
         """The loss of `model` on a batch; images (batch, C, H, W), labels (batch,) with -1 where unknown."""
-        with FeatureTap(model) as tap:
+        with self.tap(model) as tap:
             output = model(images).float()
             features = tap.take().float()
         parts = self._task(model, output, images, labels)

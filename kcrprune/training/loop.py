@@ -1,7 +1,7 @@
 """What every training stage shares: the device, an endless stream of batches, a watch on the kernel."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -55,14 +55,16 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def feature_covariance(model: nn.Module, batches: Iterable[Tensor]) -> Covariance:
+def feature_covariance(
+    model: nn.Module, batches: Iterable[Tensor], tap: Callable[[nn.Module], FeatureTap] = FeatureTap
+) -> Covariance:
     """Covariance of a model's features over all images of `batches`; each of several processes passes its own."""
     covariance: Covariance | None = None
     device = next(model.parameters()).device
-    with FeatureTap(model) as tap:
+    with tap(model) as seen:
         for images in batches:
             model(images.to(device))
-            features = tap.take()
+            features = seen.take()
             covariance = covariance or Covariance(features.shape[1])
             covariance.add_(features)
     assert covariance is not None, "no images"
