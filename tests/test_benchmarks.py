@@ -213,7 +213,7 @@ def bench(noise, tmp_path):
 
 
 def test_moves_start_from_the_plan_that_the_tool_makes(noise, tmp_path):
-    from moves import FACTORS, Bench, moves, to_markdown  # type: ignore[import-not-found]
+    from moves import EXCHANGES, FACTORS, Bench, moves, to_markdown  # type: ignore[import-not-found]
 
     checkpoint, data = noise
     run = tmp_path / "run"
@@ -223,10 +223,22 @@ def test_moves_start_from_the_plan_that_the_tool_makes(noise, tmp_path):
     base, found, same = moves(bench)
     told = json.loads((run / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]["scores"]
     assert float(base[0].mean()) == pytest.approx(told, rel=1e-4)
-    assert len(found) - 1 + same == len(FACTORS) * len(list(bench.groups()))
+    assert len(found) - 2 + same == (len(FACTORS) + len(EXCHANGES)) * len(list(bench.groups()))
     assert found[-1].name.endswith("at once")
-    assert len(found) > 1, "some move changes the plan"
+    kinds = [move.change.partition(" ")[0] for move in found]
+    assert kinds.count("scores") > 1, "some move changes the plan"
+    assert kinds.count("exchange") > 1
     assert f"{same} moves leave it as it is" in to_markdown(base, found, same)
+
+
+def test_an_exchange_gives_the_weakest_kept_for_the_strongest_dropped():
+    from moves import swapped  # type: ignore[import-not-found]
+
+    score = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
+    assert swapped(Kept(width=6, indices=(0, 2, 4)), score, 1 / 3).indices == (0, 2, 3)
+    assert swapped(Kept(width=6, indices=(0, 2)), score, 1.0).indices == (3, 4)
+    assert swapped(Kept(width=6, indices=(0, 1, 2, 3, 4)), score, 0.01).indices == (0, 2, 3, 4, 5)
+    assert swapped(Kept.all_of(6), score, 0.5).is_all
 
 
 def test_rows_share_one_protocol_and_a_peer_that_is_missing_has_one(bench, monkeypatch):
