@@ -38,6 +38,7 @@ def scripts(monkeypatch):
         "peer_table",
         "peers",
         "pictures",
+        "progressive",
         "real_path",
     ):
         sys.modules.pop(name, None)
@@ -454,3 +455,19 @@ def test_a_trial_of_the_kernel_term_acts_on_the_features_that_it_names(noise, tm
     assert rows["weight 1"][2] == f"{losses['weight 1'] - without:+.4f}"
     kept = (tmp_path / "results" / "seed0" / "weight_1.json").read_text()
     assert bench.outcome(kernel_where.TRIALS[3], seed=0).test["loss"] == json.loads(kept)["test"]["loss"]
+
+
+def test_stages_with_a_search_in_each_start_from_the_plain_run(noise, tmp_path):
+    import progressive  # type: ignore[import-not-found]
+
+    checkpoint, data = noise
+    found = {way: {0: progressive.figures(way, 0, checkpoint, data, 0.75, tmp_path)} for way in progressive.WAYS}
+    searches = [rows[0]["searches"] for rows in found.values()]
+    assert searches == [0, 0, progressive.STAGES]
+    run = tmp_path / "run"
+    kcrprune.compress(checkpoint, target_flops=0.75, data=str(data), out=run, recover_steps=0, seed=0)
+    told = json.loads((run / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
+    assert found[progressive.DEFAULT][0]["distances"] == pytest.approx(told, rel=1e-4)
+    first, _, last = progressive.to_table(found).rows
+    assert first[4] == "-"
+    assert last[3] != "-"
