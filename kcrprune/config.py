@@ -124,11 +124,14 @@ class RunConfig(Frozen):
     temperature_floor: PositiveFloat = Field(default=0.3, description="Last temperature of the gates.")
     recover_steps: NonNegativeInt = Field(default=60, description="Training steps after the cut.")
     epochs: PositiveInt | None = Field(
-        default=None, description="Length of search and of recovery in epochs, instead of steps, where they have any."
+        default=None,
+        description="Length of search (of its gates' images) and recovery in epochs, where they have any steps.",
     )
     batch_size: PositiveInt = Field(default=32, description="Images in a training step.")
     lr: PositiveFloat = Field(default=2e-5, description="Learning rate of the recovery.")
-    weight_decay: NonNegativeFloat = Field(default=0.05, description="Weight decay of the recovery.")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.05, description="Weight decay of recovery and of a search that trains weights."
+    )
     warmup_steps: NonNegativeInt = Field(default=10, description="Linear warm-up of the recovery.")
     clip_grad: PositiveFloat = Field(default=1.0, description="Largest gradient norm.")
     keep_best: bool = Field(
@@ -170,6 +173,8 @@ class RunConfig(Frozen):
             raise ValueError("scores innovation price what a refit makes up for, and refit is off; choose fisher")
         if self.reconstruct_epochs > 0 and not self.refit:
             raise ValueError("reconstruct_epochs train blocks on from their refit, and refit is off; give 0")
+        if self.scores == "equal" and self.stages > 1:
+            raise ValueError("stages cut by the scores before a search, and scores equal rank nothing; give stages 1")
         if self.scores == "equal" and self.search_steps == 0:
             raise ValueError("scores equal rank nothing by themselves; give search_steps, or choose other scores")
         return self

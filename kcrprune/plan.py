@@ -13,9 +13,9 @@ Indices = tuple[NonNegativeInt, ...]
 
 
 class Frozen(BaseModel):
-    """Immutable data in which an unknown field is an error."""
+    """Immutable data in which an unknown field is an error; so is an infinite number, or none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Architecture(Frozen):

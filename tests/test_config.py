@@ -62,6 +62,8 @@ def test_every_recipe_file_is_listed():
         ('axes = ["mlp"]', ["axes = 'mlp'", "mlp_hidden"]),
         ("axes = []", ["axes: name at least one axis"]),
         ("temperature = 0.1", ["temperature_floor 0.3 is above temperature 0.1"]),
+        ("lr = inf", ["lr = inf", "finite"]),
+        ('scores = "equal"\nstages = 2\nsearch_steps = 3', ["scores equal rank nothing; give stages 1"]),
         ('device = "gpu"', ["device = 'gpu'", "cuda:N"]),
         ('recipe = "papr"', ["no recipe 'papr'", "paper"]),
         ("axes = [", ["run.toml", "not a TOML file"]),

@@ -160,11 +160,11 @@ def solve(purse: Purse, scores: Scores, target: float, architecture: str) -> Cha
 
     Steps of every open axis are given up in the order of score lost for a MAC saved, until the target is met; what
     is then left over buys back the dearest steps that fit, in finer steps where whole multiples miss the window.
-    BudgetError where the target is out of reach.
+    BudgetError where the target is out of reach, and where a score is not a finite number.
     """
     require_reachable(purse, target)
     state = _State(purse, scores)
-    limit = int(target * purse.dense_macs)
+    limit = max(int(target * purse.dense_macs), purse.floor())  # a target that is the floor may round below it
     state.give_up_until(limit)
     step = purse.round_to
     while True:
@@ -186,6 +186,12 @@ class _State:
             (site, axis) for site in purse.sites for axis in purse.open_axes.get(site.name, ())
         ]
         self.scores = {(site.name, axis): scores[site.name][axis].detach().double().cpu() for site, axis in self.axes}
+        for (name, axis), score in self.scores.items():
+            if not score.isfinite().all():
+                raise BudgetError(
+                    f"the scores of {axis} in {name} are not finite numbers, so nothing can be ranked by them; where a "
+                    "search ran, it diverged: lower search_lr or search_weight_lr"
+                )
         self.lost = {key: _lost_below(score) for key, score in self.scores.items()}
 
     def give_up_until(self, limit: int) -> None:

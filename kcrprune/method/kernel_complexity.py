@@ -49,6 +49,11 @@ class Covariance:
         return self
 
     @property
+    def finite(self) -> bool:
+        """Whether every feature so far was a finite number."""
+        return bool(self.total.isfinite().all())
+
+    @property
     def matrix(self) -> Tensor:
         """C (d, d)."""
         return self.total / max(1, self.images)

@@ -51,7 +51,8 @@ class Objective:
         parts = self._task(model, output, images, labels)
         total = torch.stack(list(parts.values())).sum()
         if self.basis is not None:
-            tnn = (relative_tnn if self.relative else separable_tnn)(features, self.basis)
+            with torch.autocast(features.device.type, enabled=False):  # TNN is a difference of two large numbers
+                tnn = (relative_tnn if self.relative else separable_tnn)(features, self.basis)
             parts["kernel"] = tnn
             total = total + self.kernel_weight * tnn
         figures = {"loss": float(total.detach())} | {name: float(part.detach()) for name, part in parts.items()}

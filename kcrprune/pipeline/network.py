@@ -1,5 +1,6 @@
 """The network that a configuration speaks of, and what may be cut of it."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from kcrprune.artifact.checkpoint import open_model
 from kcrprune.artifact.formats import Opened
 from kcrprune.config import RunConfig
+from kcrprune.errors import ConfigError
 from kcrprune.families import sites
 from kcrprune.method.budget import Purse
 from kcrprune.plan import Axis
@@ -20,8 +22,12 @@ def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
 
 
 def purse_of(model: nn.Module, macs: int, config: RunConfig) -> Purse:
-    """What a configuration may spend on a dense model."""
+    """What a configuration may spend on a dense model; ConfigError names a pattern that no block matches."""
     found = sites(model)
+    names = [site.name for site in found]
+    for pattern in (*config.include, *config.exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"no block is named {pattern!r}; the blocks here are {names[0]} to {names[-1]}")
     open_axes: dict[str, tuple[Axis, ...]] = {
         site.name: tuple(axis for axis in config.axes if axis in site.axes)
         for site in found

@@ -78,11 +78,23 @@ class Run:
             self._train_head()
         self._objective()  # refuses a task that these images do not allow
         self.parts = divide(self.images, self.config)
+        self._tell_of_few_images()
+
+    def _tell_of_few_images(self) -> None:
+        """What the images did not suffice for."""
+        for name, batches in (("calibration_images", self.parts.calibration), ("score_images", self.parts.scoring)):
+            wanted, found = getattr(self.config, name), sum(map(len, batches))
+            if found < wanted:
+                self._say(f"{name}: {found:,} of the {wanted:,} that are asked for")
 
     def _train_head(self) -> None:
         """Without a trained classifier the dense network has no answers to follow, so labels alone are the task."""
         if not self.images.labelled or self.config.task == "distill" or self.config.recover_steps == 0:
             raise ConfigError("the classifier is new, so it must be trained: give labelled images and recover_steps")
+        if self.config.search_steps > 0 and self.config.search_weight_lr == 0:
+            raise ConfigError(
+                "the classifier is new, and a search that freezes it learns nothing: give search_weight_lr"
+            )
         self.config = self.config.model_copy(update={"task": "labels"})
 
     def _objective(self) -> Objective:
@@ -176,6 +188,11 @@ class Run:
             else:
                 scores = fisher_scores(model, gates, self.parts.scoring, generator)
         remove_gates_(model, gates)
+        if not any(score.any() for of_site in scores.values() for score in of_site.values()):
+            raise CheckpointError(
+                f"every score is zero: on {sum(map(len, self.parts.scoring)):,} images nothing that may be cut changes "
+                "what the network answers; its classifier is not trained"
+            )
         return scores
 
     def _tighten_(self, model: nn.Module, scores: Scores, share: float) -> Scores:

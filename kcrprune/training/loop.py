@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kcrprune.config import RunConfig
-from kcrprune.errors import ConfigError
+from kcrprune.errors import ConfigError, DataError
 from kcrprune.families import FeatureTap
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
@@ -58,7 +58,10 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 def feature_covariance(
     model: nn.Module, batches: Iterable[Tensor], tap: Callable[[nn.Module], FeatureTap] = FeatureTap
 ) -> Covariance:
-    """Covariance of a model's features over all images of `batches`; each of several processes passes its own."""
+    """Covariance of a model's features over all images of `batches`; each of several processes passes its own.
+
+    DataError where the features are not finite numbers.
+    """
     covariance: Covariance | None = None
     device = next(model.parameters()).device
     with tap(model) as seen:
@@ -68,6 +71,11 @@ def feature_covariance(
             covariance = covariance or Covariance(features.shape[1])
             covariance.add_(features)
     assert covariance is not None, "no images"
+    if not covariance.finite:
+        raise DataError(
+            f"the network's features of {covariance.images} images are not finite numbers: its weights or the images "
+            "hold nan or infinite values, or its training diverged (lower lr)"
+        )
     return covariance.sum_over_processes_()
 
 
@@ -95,6 +103,8 @@ class KernelWatch:
         if self.steps % self.every != 0:
             return {}
         self.seen.sum_over_processes_()
+        if not self.seen.finite:  # the training has diverged, which whoever trains finds out; the last basis stays
+            return {"kc": float("nan")}
         return self.renew_()
 
     def renew_(self) -> dict[str, float]:

@@ -117,11 +117,22 @@ def test_an_unreachable_target_names_the_floor_and_the_way_out():
     require_reachable(purse, 0.9)
 
 
-def test_the_floor_is_reached_exactly():
+@pytest.mark.parametrize("rest", range(1, 12))
+def test_the_floor_is_reached_exactly(rest: int):
     found = stack(VIT_SITE, 2)
-    purse = purse_for(found, AXES)
-    plan = solve(purse, random_scores(found, 0), purse.floor() / purse.dense_macs + 1e-9, "x")
-    assert predicted_macs(purse.dense_macs, found, plan) == purse.floor()
+    purse = purse_for(found, AXES, rest=rest)
+    for above in (0, 1e-9):
+        plan = solve(purse, random_scores(found, 0), purse.floor() / purse.dense_macs + above, "x")
+        assert predicted_macs(purse.dense_macs, found, plan) == purse.floor()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused_by_name(wrong: float):
+    found = stack(VIT_SITE, 2)
+    scores = random_scores(found, 0)
+    scores[found[1].name]["mlp_hidden"][7] = wrong
+    with pytest.raises(BudgetError, match=r"scores of mlp_hidden in blocks\.0-1 are not finite"):
+        solve(purse_for(found, SMOOTH), scores, 0.7, "x")
 
 
 def test_blocks_outside_the_open_axes_stay_whole():

@@ -36,11 +36,11 @@ SHORT = RunConfig(
 )
 
 
-def save(tiny: Tiny, path: Path) -> Path:
+def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None) -> Path:
     preprocessing = Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3)
     save_model(
         path,
-        tiny.model(),
+        tiny.model() if model is None else model,
         architecture=tiny.architecture,
         plan=None,
         preprocessing=preprocessing,
@@ -196,6 +196,8 @@ def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_pa
     steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     assert len(steps) == SHORT.recover_steps
     assert all("labels" in step and "distill" not in step for step in steps)
+    with pytest.raises(ConfigError, match="a search that freezes it learns nothing: give search_weight_lr"):
+        pipeline.compress(path, config.model_copy(update={"search_steps": 3}), tmp_path / "other", ignore)
     for wrong in ({"task": "distill"}, {"recover_steps": 0}, {"labels": False}):
         with pytest.raises(ConfigError, match="the classifier is new, so it must be trained"):
             pipeline.compress(path, config.model_copy(update=wrong), tmp_path / "other", ignore)
@@ -207,6 +209,32 @@ def test_labels_that_are_missing_are_missed_before_anything_is_done(checkpoint: 
     with pytest.raises(ConfigError, match="'labels' needs labelled images"):
         pipeline.compress(checkpoint, config, tmp_path / "run", events.append)
     assert [event.stage for event in events if isinstance(event, StageStarted)] == ["load"]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_no_block_matches_is_named(option: str, checkpoint: Path, tmp_path: Path):
+    config = SHORT.model_copy(update={option: ("blocks.0", "blokcs.*")})
+    with pytest.raises(
+        ConfigError, match=r"no block is named 'blokcs\.\*'; the blocks here are blocks\.0 to blocks\.1"
+    ):
+        pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_network_whose_answers_depend_on_nothing_is_refused(steps: int, tiny_vit: Tiny, tmp_path: Path):
+    model = tiny_vit.model()
+    model.load_state_dict(model.state_dict() | {"head.weight": torch.zeros(5, 24)})
+    path = save(tiny_vit, tmp_path / "x.safetensors", model)
+    with pytest.raises(CheckpointError, match="every score is zero: on 8 images nothing that may be cut changes"):
+        pipeline.compress(path, SHORT.model_copy(update={"search_steps": steps}), tmp_path / "run", ignore)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_do_not_suffice_are_told_of(checkpoint: Path, tmp_path: Path):
+    few = SHORT.model_copy(update={"calibration_images": 100, "search_steps": 0, "recover_steps": 0})
+    comparison = pipeline.compress(checkpoint, few, tmp_path / "run", ignore).comparison
+    assert "calibration_images: 39 of the 100 that are asked for" in comparison.notes
+    assert not any("score_images" in note for note in comparison.notes)
 
 
 def test_a_search_that_trains_weights_leaves_the_plan_of_the_scores_alone(checkpoint: Path, tmp_path: Path):

@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kcrprune.config import RunConfig
-from kcrprune.errors import ConfigError
+from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Event, StepDone
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import expected_macs
+from kcrprune.method.kernel_complexity import relative_tnn
 from kcrprune.method.objective import Objective, feature_distance, logit_distance
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
@@ -144,11 +145,14 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
     assert total == pytest.approx(found.loss_after, rel=1e-4)
 
 
+@pytest.mark.parametrize("rate", [10.0, 1e30])
 @pytest.mark.parametrize("keep_best", [True, False])
-def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(tiny_vit: Tiny, keep_best: bool):
+def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(
+    tiny_vit: Tiny, keep_best: bool, rate: float
+):
     dense = tiny_vit.model()
     model = copy.deepcopy(dense)
-    config = CONFIG.model_copy(update={"lr": 10.0, "task": "distill", "warmup_steps": 0, "keep_best": keep_best})
+    config = CONFIG.model_copy(update={"lr": rate, "task": "distill", "warmup_steps": 0, "keep_best": keep_best})
     found = recover_(
         model,
         make_objective(config, dense, labelled=True),
@@ -163,6 +167,18 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(t
     assert found.kept_step == (0 if keep_best else 4)
     same = all(torch.equal(value, model.state_dict()[name]) for name, value in dense.state_dict().items())
     assert same == keep_best
+    if rate > 10 and not keep_best:
+        with pytest.raises(DataError, match="features of 8 images are not finite numbers"):
+            feature_covariance(model.eval(), [tiny_vit.images(8)])
+
+
+def test_the_kernel_term_is_exact_under_autocast(tiny_vit: Tiny):
+    dense, basis = tiny_vit.model().eval(), torch.linalg.qr(torch.randn(24, 3)).Q
+    objective = Objective(dense, use_labels=False, use_dense=True, kernel_weight=1.0, basis=basis)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = objective(dense, tiny_vit.images(4), torch.full((4,), -1))
+    assert loss.features.dtype == torch.float32
+    assert loss.parts["kernel"] == pytest.approx(float(relative_tnn(loss.features.double(), basis.double())), rel=1e-5)
 
 
 def test_the_parts_of_the_loss_add_up(tiny_vit: Tiny):
