@@ -66,7 +66,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
         predict, preprocessing, classes = graph, graph.preprocessing, None
     else:
         opened = open_for_run(model, config)
-        device = open_accelerator(config.device, config.precision).device
+        device = open_accelerator(config.device, "fp32").device
         predict, preprocessing, classes = opened.model.to(device), opened.preprocessing, class_count(opened.model)
         if classes == 0:
             raise DataError(f"{model} is a backbone without a classifier; there is nothing to evaluate")
