@@ -40,6 +40,7 @@ def scripts(monkeypatch):
         "pictures",
         "progressive",
         "real_path",
+        "refit_parts",
     ):
         sys.modules.pop(name, None)
 
@@ -471,3 +472,22 @@ def test_stages_with_a_search_in_each_start_from_the_plain_run(noise, tmp_path):
     first, _, last = progressive.to_table(found).rows
     assert first[4] == "-"
     assert last[3] != "-"
+
+
+def test_less_of_a_refit_is_farther_from_the_dense_network(noise, tmp_path):
+    import refit_parts  # type: ignore[import-not-found]
+
+    checkpoint, data = noise
+    options = {"target_flops": 0.75, "data": str(data), "seed": 0, "workers": 0}
+    parts = refit_parts.PARTS
+    found = [
+        refit_parts.distance(part, checkpoint, options, tmp_path / f"{number}.json")
+        for number, part in enumerate(parts)
+        if number != 3
+    ]
+    assert len(set(found)) == len(found), "every part changes something"
+    kcrprune.compress(checkpoint, out=tmp_path / "run", recover_steps=0, **options)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
+    assert found[2] == told["scores"], "all of it is what the tool does"
+    rows = refit_parts.to_table({"x": {parts[0].name: 0.5}, "y": {parts[2].name: 0.25}}).rows
+    assert [row[1:] for row in rows] == [("0.5000", "-"), ("-", "0.2500")]

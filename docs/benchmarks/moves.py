@@ -160,7 +160,7 @@ def moves(bench: Bench) -> tuple[list[Tensor], list[Move], int]:
                 found.append(move)
                 if move.held_out < best:
                     best, helping[group] = move.held_out, change
-        what = label.partition(" {")[0]
+        what = label.split()[0]
         name = f"the best of each of {len(helping)} groups at once"
         found.append(compared(name, f"{what}, {TOGETHER}", base, bench.distances(plan_of(helping))))
     return base, found, same
