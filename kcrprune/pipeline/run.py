@@ -85,7 +85,7 @@ class Run:
         for name, batches in (("calibration_images", self.parts.calibration), ("score_images", self.parts.scoring)):
             wanted, found = getattr(self.config, name), sum(map(len, batches))
             if found < wanted:
-                self._say(f"{name}: {found:,} of the {wanted:,} that are asked for")
+                self._say(f"{name}: {wanted:,} are asked for, and there are {found:,}")
 
     def _train_head(self) -> None:
         """Without a trained classifier the dense network has no answers to follow, so labels alone are the task."""

@@ -233,7 +233,7 @@ def test_a_network_whose_answers_depend_on_nothing_is_refused(steps: int, tiny_v
 def test_images_that_do_not_suffice_are_told_of(checkpoint: Path, tmp_path: Path):
     few = SHORT.model_copy(update={"calibration_images": 100, "search_steps": 0, "recover_steps": 0})
     comparison = pipeline.compress(checkpoint, few, tmp_path / "run", ignore).comparison
-    assert "calibration_images: 39 of the 100 that are asked for" in comparison.notes
+    assert "calibration_images: 100 are asked for, and there are 39" in comparison.notes
     assert not any("score_images" in note for note in comparison.notes)
 
 
