@@ -25,6 +25,15 @@ RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 Share = Annotated[float, Field(gt=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
+SWITCHES: Final = {  # what nothing reads while the switch is 0 or false, and how that is written
+    "search_steps": (
+        ("search_lr", "search_spread", "search_weight_lr", "search_split", "temperature", "temperature_floor"),
+        "0",
+    ),
+    "recover_steps": (("lr", "warmup_steps", "keep_best"), "0"),
+    "refit": (("refit_ridge",), "false"),
+    "reconstruct_epochs": (("reconstruct_lr",), "0"),
+}
 Scores = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
 
@@ -162,6 +171,17 @@ class RunConfig(Frozen):
         if self.scores != "auto":
             return self.scores
         return "innovation" if self.refit else "fisher"
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that differ from the recipe's and that nothing in this run reads, with what turns them off."""
+        usual = RunConfig.model_validate(_recipe(self.recipe))
+        return {
+            name: f"{switch} = {toml_value}"
+            for switch, (names, toml_value) in SWITCHES.items()
+            if not getattr(self, switch)
+            for name in names
+            if getattr(self, name) != getattr(usual, name)
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

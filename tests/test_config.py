@@ -98,3 +98,17 @@ def test_a_configuration_survives_toml(toml):
     text = to_toml(config)
     assert load_config(file=toml(text)) == config
     assert "mean" in tomllib.loads(text)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_sets_nothing_that_it_turns_off_and_a_flag_that_does_is_found(recipe):
+    assert load_config(recipe).without_effect() == {}
+    off = {"search_steps": 0, "recover_steps": 0, "scores": "auto"}
+    flags = {"search_lr": 0.123, "lr": 0.456, "target_flops": 0.5, "reconstruct_lr": 0.1}
+    expected = {"search_lr": "search_steps = 0", "lr": "recover_steps = 0"}
+    found = load_config(recipe, None, off | flags).without_effect()
+    assert {name: found[name] for name in expected} == expected
+    assert ("reconstruct_lr" in found) == (recipe != "no-train")
+    assert load_config(recipe, None, flags | {"search_steps": 3, "recover_steps": 3}).without_effect().keys() <= {
+        "reconstruct_lr"
+    }

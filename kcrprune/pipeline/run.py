@@ -70,6 +70,8 @@ class Run:
         self._say(
             f"{self.opened.architecture.name} ({self.opened.layout}), {self.macs:,} MACs, {self.images.description}"
         )
+        for name, reason in config.without_effect().items():
+            self._say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
         if self.images.generated:
             self._say("no data was given: images are generated, and the task is to agree with the dense network", True)
         if file_bytes(self.opened.path) < 3 * count_parameters(self.dense):
