@@ -25,15 +25,14 @@ RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 Share = Annotated[float, Field(gt=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
-SWITCHES: Final = {  # what nothing reads while the switch is 0 or false, and how that is written
+SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
     "search_steps": (
-        ("search_lr", "search_spread", "search_weight_lr", "search_split", "temperature", "temperature_floor"),
-        "0",
+        "search_lr", "search_spread", "search_weight_lr", "search_split", "temperature", "temperature_floor",
     ),
-    "recover_steps": (("lr", "warmup_steps", "keep_best"), "0"),
-    "refit": (("refit_ridge",), "false"),
-    "reconstruct_epochs": (("reconstruct_lr",), "0"),
-}
+    "recover_steps": ("lr", "warmup_steps", "keep_best"),
+    "refit": ("refit_ridge",),
+    "reconstruct_epochs": ("reconstruct_lr",),
+}  # fmt: skip
 Scores = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
 
@@ -176,8 +175,8 @@ class RunConfig(Frozen):
         """Settings that differ from the recipe's and that nothing in this run reads, with what turns them off."""
         usual = RunConfig.model_validate(_recipe(self.recipe))
         return {
-            name: f"{switch} = {toml_value}"
-            for switch, (names, toml_value) in SWITCHES.items()
+            name: f"{switch} = {getattr(self, switch)}".lower()
+            for switch, names in SWITCHES.items()
             if not getattr(self, switch)
             for name in names
             if getattr(self, name) != getattr(usual, name)

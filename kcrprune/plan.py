@@ -13,7 +13,7 @@ Indices = tuple[NonNegativeInt, ...]
 
 
 class Frozen(BaseModel):
-    """Immutable data in which an unknown field is an error; so is an infinite number, or none."""
+    """Immutable data in which an unknown field is an error, and so is a number that is infinite or nan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -85,12 +85,25 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The dense network, all images, what every run is told, and where results go."""
+class Workbench:
+    """The dense network, all images, and where results go."""
 
     checkpoint: Path
     data: Path
     out: Path
+
+    def images(self, share: float, seed: int, test_images: int = TEST_IMAGES) -> Path:
+        """The image folder of a run."""
+        whole = first_images(self.data, self.out / "images", test_images)
+        if share == 1:
+            return whole
+        return some_images(whole, self.out / f"images-{share:g}-seed{seed}", share, seed)
+
+
+@dataclass(frozen=True)
+class Bench(Workbench):
+    """Further what every run is told."""
+
     protocol: Protocol
 
     def row(self, cell: Cell, seed: int) -> Row:
@@ -142,13 +155,6 @@ class Bench:
         order = list(cells((GRID, STRONGER, SPLIT), with_split=True))
         rows = [row_from(json.loads(path.read_text())) for path in (self.out / "rows").glob("*/*.json")]
         return sorted(rows, key=lambda row: (order.index(row.cell), row.seed))
-
-    def images(self, share: float, seed: int) -> Path:
-        """The image folder of a run."""
-        whole = first_images(self.data, self.out / "images", TEST_IMAGES)
-        if share == 1:
-            return whole
-        return some_images(whole, self.out / f"images-{share:g}-seed{seed}", share, seed)
 
 
 def some_images(data: Path, folder: Path, share: float, seed: int) -> Path:

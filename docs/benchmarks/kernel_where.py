@@ -23,9 +23,9 @@ from typing import Any
 
 import fetch
 import torch
-from common import WEIGHTS, first_images, machine_facts
+from common import WEIGHTS, machine_facts
 from kernel_tables import mean_and_deviation, paired, with_error
-from kernel_term import TRAIN_BATCH, some_images
+from kernel_term import TRAIN_BATCH, Workbench
 from peers import same_protocol, write_json
 from torch import Tensor, nn
 
@@ -142,12 +142,9 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The dense network, its images, and where outcomes are kept."""
+class Bench(Workbench):
+    """Further what is the same for every trial."""
 
-    checkpoint: Path
-    data: Path
-    out: Path
     protocol: Protocol
 
     def outcome(self, trial: Trial, seed: int) -> Outcome:
@@ -158,15 +155,11 @@ class Bench:
             write_json(path, asdict(self._measured(trial, seed)))
         return Outcome(**json.loads(path.read_text()))
 
-    def _images(self, seed: int) -> Path:
-        whole = first_images(self.data, self.out / "images", self.protocol.test_images)
-        return some_images(whole, self.out / f"images-{self.protocol.share:g}-seed{seed}", self.protocol.share, seed)
-
     def _told(self, seed: int) -> dict[str, Any]:
         protocol = self.protocol
         return {
             "target_flops": protocol.target,
-            "data": str(self._images(seed)),
+            "data": str(self.images(protocol.share, seed, protocol.test_images)),
             "seed": seed,
             "workers": 0,
             "calibration_images": protocol.calibration_images,

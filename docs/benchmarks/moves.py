@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from kcrprune.config import load_config
 from kcrprune.measure.macs import count_macs
+from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.method.budget import Purse, Scores, solve
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.pipeline.parts import divide
-from kcrprune.plan import BlockPlan, ChannelPlan, Kept
+from kcrprune.plan import ChannelPlan, Kept
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
@@ -42,7 +43,18 @@ from kcrprune.training.scores import fisher_scores
 
 FACTORS = (1 / 8, 1 / 2, 2, 8)
 EXCHANGES = (1 / 16, 1 / 4)  # of the kept or of the dropped channels, whichever are fewer
-TOGETHER = "together"
+COUNTED = (
+    "move",
+    "moves",
+    "that leave the plan as it is",
+    "lower the test distance",
+    "the surest of these",
+    "raise it by more than two standard errors",
+    "by at most",
+    "lower the held-out distance",
+    "the best of each group at once: held out",
+    "on test images",
+)
 TEST_IMAGES = 4000
 log = logging.getLogger("moves")
 
@@ -60,6 +72,16 @@ class Move:
     held_out_error: float
     test: float
     test_error: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All moves of one kind, how many left the plan as it was, and those that helped, made at once."""
+
+    name: str
+    same: int
+    moves: list[Move]
+    together: Move
 
 
 class Bench:
@@ -97,20 +119,17 @@ class Bench:
 
     def exchanged(self, plan: ChannelPlan, shares: Changes) -> ChannelPlan:
         """`plan` with the weakest kept channels of some groups given for the strongest that were dropped."""
-        return plan.model_copy(update={"blocks": tuple(self._block(block, shares) for block in plan)})
-
-    def _block(self, block: BlockPlan, shares: Changes) -> BlockPlan:
-        found = block
+        blocks = {block.site: block for block in plan}
         for (name, axis), share in shares.items():
-            if name != block.site:
-                continue
-            score, kept = self.scores[name][axis], getattr(block, axis)
-            if isinstance(kept, Kept):
-                new: Kept | tuple[Kept, ...] = swapped(kept, score, share)
-            else:
-                new = tuple(swapped(one, score[h], share) for h, one in zip(block.heads.indices, kept, strict=True))
-            found = found.model_copy(update={axis: new})
-        return found
+            block, score = blocks[name], self.scores[name][axis]
+            kept, heads = getattr(block, axis), block.heads.indices
+            new = (
+                swapped(kept, score, share)
+                if isinstance(kept, Kept)
+                else tuple(swapped(one, score[head], share) for head, one in zip(heads, kept, strict=True))
+            )
+            blocks[name] = block.model_copy(update={axis: new})
+        return plan.model_copy(update={"blocks": tuple(blocks.values())})
 
     def distances(self, plan: ChannelPlan) -> list[Tensor]:
         """KL divergence of each image, held out and of the test set, after cut and refit."""
@@ -138,32 +157,43 @@ def swapped(kept: Kept, score: Tensor, share: float) -> Kept:
     return Kept(width=kept.width, indices=tuple(sorted(ranked[: width - count] + ranked[width : width + count])))
 
 
-def moves(bench: Bench) -> tuple[list[Tensor], list[Move], int]:
-    """The distances of the scores' own plan, every move that changes it, and how many do not."""
+def moves(bench: Bench) -> tuple[list[Tensor], list[Kind]]:
+    """The distances of the scores' own plan, and every move that changes it."""
     own = bench.plan({})
-    kinds: tuple[tuple[str, Sequence[float], Callable[[Changes], ChannelPlan]], ...] = (
-        ("scores times {:g}", FACTORS, bench.plan),
-        ("exchange of {:g}", EXCHANGES, partial(bench.exchanged, own)),
-    )
-    base, found, same = bench.distances(own), [], 0
-    for label, changes, plan_of in kinds:
-        helping: dict[Group, float] = {}
-        for group in bench.groups():
-            best = 0.0
-            for change in changes:
-                plan = plan_of({group: change})
-                if plan == own:
-                    same += 1
-                    continue
-                move = compared(" ".join(group), label.format(change), base, bench.distances(plan))
-                log.info("%s", move)
-                found.append(move)
-                if move.held_out < best:
-                    best, helping[group] = move.held_out, change
-        what = label.split()[0]
-        name = f"the best of each of {len(helping)} groups at once"
-        found.append(compared(name, f"{what}, {TOGETHER}", base, bench.distances(plan_of(helping))))
-    return base, found, same
+    base = bench.distances(own)
+    exchanged = partial(bench.exchanged, own)
+    kinds = [
+        tried(bench, "scores of a group", "scores times {:g}", FACTORS, bench.plan, own, base),
+        tried(bench, "exchange", "exchange of {:g}", EXCHANGES, exchanged, own, base),
+    ]
+    return base, kinds
+
+
+def tried(
+    bench: Bench,
+    name: str,
+    label: str,
+    changes: Sequence[float],
+    plan_of: Callable[[Changes], ChannelPlan],
+    own: ChannelPlan,
+    base: Sequence[Tensor],
+) -> Kind:
+    """Every change of every group, and those together that lowered the held-out distance most in their groups."""
+    found, same, helping = [], 0, {}
+    for group in bench.groups():
+        best = 0.0
+        for change in changes:
+            plan = plan_of({group: change})
+            if plan == own:
+                same += 1
+                continue
+            move = compared(" ".join(group), label.format(change), base, bench.distances(plan))
+            log.info("%s", move)
+            found.append(move)
+            if move.held_out < best:
+                best, helping[group] = move.held_out, change
+    what = f"the best of each of {len(helping)} groups at once"
+    return Kind(name, same, found, compared(what, name, base, bench.distances(plan_of(helping))))
 
 
 def compared(name: str, change: str, base: Sequence[Tensor], distances: Sequence[Tensor]) -> Move:
@@ -173,22 +203,42 @@ def compared(name: str, change: str, base: Sequence[Tensor], distances: Sequence
     return Move(name, change, *figures[0], *figures[1])
 
 
-def to_markdown(base: Sequence[Tensor], found: Sequence[Move], same: int) -> str:
-    """All moves, the one that helped most on held-out images first, in units of 1e-4 nats."""
+def told(difference: float, error: float) -> str:
+    """In units of 1e-4."""
+    return f"{1e4 * difference:+.2f} ± {1e4 * error:.2f}"
+
+
+def counts(kind: Kind) -> tuple[str, ...]:
+    """A row of figures about all moves of a kind; differences in units of 1e-4."""
+    lower = [move for move in kind.moves if move.test < 0]
+    surest = min(lower, key=lambda move: move.test / max(move.test_error, 1e-12), default=None)
+    return (
+        kind.name,
+        str(len(kind.moves) + kind.same),
+        str(kind.same),
+        str(len(lower)),
+        told(surest.test, surest.test_error) if surest else ABSENT,
+        str(sum(move.test > 2 * move.test_error for move in kind.moves)),
+        f"{1e4 * max((move.test for move in kind.moves), default=0):.1f}",
+        str(sum(move.held_out < 0 for move in kind.moves)),
+        told(kind.together.held_out, kind.together.held_out_error),
+        told(kind.together.test, kind.together.test_error),
+    )
+
+
+def to_markdown(base: Sequence[Tensor], kinds: Sequence[Kind]) -> str:
+    """Counts by kind, then all moves, the one that helped most on held-out images first, in units of 1e-4 nats."""
     held_out, test = (float(distance.mean()) for distance in base)
-    lines = [
-        f"The scores' own plan: {held_out:.5f} on held-out images, {test:.5f} on test images. {same} moves leave it as "
-        "it is.\n",
-        "| group | change | held-out distance, 1e-4 | test distance, 1e-4 |",
-        "|:--|--:|--:|--:|",
-    ]
-    for move in sorted(found, key=lambda move: (TOGETHER in move.change, move.held_out)):
-        figures = [
-            f"{1e4 * difference:+.2f} ± {1e4 * error:.2f}"
-            for difference, error in ((move.held_out, move.held_out_error), (move.test, move.test_error))
-        ]
-        lines.append(f"| {move.name} | {move.change} | {figures[0]} | {figures[1]} |")
-    return "\n".join(lines)
+    every = [move for kind in kinds for move in kind.moves]
+    rows = [*sorted(every, key=lambda move: move.held_out), *(kind.together for kind in kinds)]
+    lines = tuple(
+        (move.name, move.change, told(move.held_out, move.held_out_error), told(move.test, move.test_error))
+        for move in rows
+    )
+    summary = Table("Moves by kind", COUNTED, tuple(counts(kind) for kind in kinds))
+    whole = Table("All moves", ("group", "change", "held-out distance, 1e-4", "test distance, 1e-4"), lines)
+    own = f"The scores' own plan: {held_out:.5f} on held-out images, {test:.5f} on test images."
+    return "\n\n".join([own, markdown(summary), markdown(whole)])
 
 
 def main() -> None:
@@ -200,12 +250,12 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     images = first_images(fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve() / "images", TEST_IMAGES)
     bench = Bench(WEIGHTS / f"{arguments.network}_cifar10.safetensors", images, arguments.target, arguments.seed)
-    base, found, same = moves(bench)
+    base, kinds = moves(bench)
     facts = {**machine_facts(), "network": arguments.network, "target": arguments.target, "seed": arguments.seed}
-    told = [f"- {name}: {value}" for name, value in facts.items()]
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
     name = f"moves-{arguments.network}-{arguments.target:g}"
-    (arguments.out / f"{name}.md").write_text("\n".join([to_markdown(base, found, same), "", *told, ""]))
-    (arguments.out / f"{name}.json").write_text(json.dumps([asdict(move) for move in found], indent=1))
+    (arguments.out / f"{name}.md").write_text("\n".join([to_markdown(base, kinds), "", *lines, ""]))
+    (arguments.out / f"{name}.json").write_text(json.dumps([asdict(kind) for kind in kinds], indent=1))
 
 
 if __name__ == "__main__":

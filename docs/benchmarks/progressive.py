@@ -12,7 +12,7 @@ finished run is kept below RESULTS and not repeated. The table is RESULTS/progre
 import json
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -103,11 +103,6 @@ def to_table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Table:
     return Table("Stages", header, tuple(lines))
 
 
-def write(found: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path, told: Sequence[str]) -> None:
-    """The table of what is finished, with where it was made."""
-    path.write_text("\n".join([markdown(to_table(found)), "", *told, ""]))
-
-
 def main() -> None:
     """Runs every way seed by seed, and writes the table after each run."""
     parser = parser_of(__doc__)
@@ -121,11 +116,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = first_images(fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve() / "images", TEST_IMAGES)
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    told = [f"- {name}: {value}" for name, value in machine_facts().items()]
+    told = [f"- {fact}: {value}" for fact, value in machine_facts().items()]
     for seed in arguments.seeds:
         for way in WAYS:
             found.setdefault(way, {})[seed] = figures(way, seed, checkpoint, data, arguments.target, folder)
-            write(found, folder.with_suffix(".md"), told)
+            folder.with_name(f"{name}.md").write_text("\n".join([markdown(to_table(found)), "", *told, ""]))
 
 
 if __name__ == "__main__":

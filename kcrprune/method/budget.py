@@ -186,12 +186,7 @@ class _State:
             (site, axis) for site in purse.sites for axis in purse.open_axes.get(site.name, ())
         ]
         self.scores = {(site.name, axis): scores[site.name][axis].detach().double().cpu() for site, axis in self.axes}
-        for (name, axis), score in self.scores.items():
-            if not score.isfinite().all():
-                raise BudgetError(
-                    f"the scores of {axis} in {name} are not finite numbers, so nothing can be ranked by them; where a "
-                    "search ran, it diverged: lower search_lr or search_weight_lr"
-                )
+        _require_finite(self.scores)
         self.lost = {key: _lost_below(score) for key, score in self.scores.items()}
 
     def give_up_until(self, limit: int) -> None:
@@ -279,6 +274,15 @@ class _State:
         if count == site.head_dim:
             return (Kept.all_of(count),) * len(heads.indices)
         return tuple(_top(self.scores[site.name, axis][head], count) for head in heads.indices)
+
+
+def _require_finite(scores: Mapping[tuple[str, str], Tensor]) -> None:
+    for (name, axis), score in scores.items():
+        if not score.isfinite().all():
+            raise BudgetError(
+                f"the scores of {axis} in {name} are not finite numbers, so nothing can be ranked by them; where a "
+                "search ran, it diverged: lower search_lr or search_weight_lr"
+            )
 
 
 def _lost_below(score: Tensor) -> list[float]:

@@ -1,6 +1,5 @@
 """The network that a configuration speaks of, and what may be cut of it."""
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
@@ -12,7 +11,7 @@ from kcrprune.errors import ConfigError
 from kcrprune.families import sites
 from kcrprune.method.budget import Purse
 from kcrprune.plan import Axis
-from kcrprune.surgery.gated import is_open
+from kcrprune.surgery.gated import is_open, matches
 
 
 def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
@@ -24,10 +23,9 @@ def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
 def purse_of(model: nn.Module, macs: int, config: RunConfig) -> Purse:
     """What a configuration may spend on a dense model; ConfigError names a pattern that no block matches."""
     found = sites(model)
-    names = [site.name for site in found]
     for pattern in (*config.include, *config.exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"no block is named {pattern!r}; the blocks here are {names[0]} to {names[-1]}")
+        if not any(matches(site, [pattern]) for site in found):
+            raise ConfigError(f"no block is named {pattern!r}; the blocks here are {found[0].name} to {found[-1].name}")
     open_axes: dict[str, tuple[Axis, ...]] = {
         site.name: tuple(axis for axis in config.axes if axis in site.axes)
         for site in found

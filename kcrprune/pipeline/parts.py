@@ -1,5 +1,6 @@
 """The parts that a run makes of its images: for weights, for gates, to fit on, and held out to decide by."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,6 +47,14 @@ def divide(images: Images, config: RunConfig) -> Parts:
         held_out=_loader(held_out, config, shuffle=False),
         evaluation=None if images.evaluate is None else _loader(images.evaluate, config, shuffle=False),
     )
+
+
+def told_of_few(parts: Parts, config: RunConfig) -> Iterator[str]:
+    """What the images did not suffice for, a sentence each."""
+    for name, batches in (("calibration_images", parts.calibration), ("score_images", parts.scoring)):
+        wanted, found = getattr(config, name), sum(map(len, batches))
+        if found < wanted:
+            yield f"{name}: {wanted:,} are asked for, and there are {found:,}"
 
 
 def _loader(dataset: Dataset, config: RunConfig, *, shuffle: bool) -> DataLoader:

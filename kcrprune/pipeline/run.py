@@ -24,7 +24,7 @@ from kcrprune.method.innovations import Innovations
 from kcrprune.method.objective import Objective
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
 from kcrprune.pipeline.network import open_for_run, purse_of
-from kcrprune.pipeline.parts import divide
+from kcrprune.pipeline.parts import divide, told_of_few
 from kcrprune.pipeline.runs import peak_memory_mib
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import balance_
@@ -80,14 +80,8 @@ class Run:
             self._train_head()
         self._objective()  # refuses a task that these images do not allow
         self.parts = divide(self.images, self.config)
-        self._tell_of_few_images()
-
-    def _tell_of_few_images(self) -> None:
-        """What the images did not suffice for."""
-        for name, batches in (("calibration_images", self.parts.calibration), ("score_images", self.parts.scoring)):
-            wanted, found = getattr(self.config, name), sum(map(len, batches))
-            if found < wanted:
-                self._say(f"{name}: {wanted:,} are asked for, and there are {found:,}")
+        for sentence in told_of_few(self.parts, self.config):
+            self._say(sentence)
 
     def _train_head(self) -> None:
         """Without a trained classifier the dense network has no answers to follow, so labels alone are the task."""
@@ -193,7 +187,7 @@ class Run:
         if not any(score.any() for of_site in scores.values() for score in of_site.values()):
             raise CheckpointError(
                 f"every score is zero: on {sum(map(len, self.parts.scoring)):,} images nothing that may be cut changes "
-                "what the network answers; its classifier is not trained"
+                "what the network answers; is its classifier trained?"
             )
         return scores
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,10 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_log(path: Path, histories: Mapping[str, list[dict[str, float]]]) -> None:
-    """One line of JSON for every training step."""
-    lines = [json.dumps({"stage": stage} | row) for stage, rows in histories.items() for row in rows]
+    """One line of JSON for every training step; null for what is no finite number, which JSON does not have."""
+    lines = [
+        json.dumps({"stage": stage} | {name: value if isfinite(value) else None for name, value in row.items()})
+        for stage, rows in histories.items()
+        for row in rows
+    ]
     path.write_text("".join(line + "\n" for line in lines))

@@ -56,7 +56,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
     ConfigError without images, or where an ONNX file does not say how its images are prepared.
     """
     if config.data is None and not config.dataset:
-        raise ConfigError("evaluate needs images: name a folder with --data")
+        raise ConfigError("evaluate needs images: name a folder with --data, or a timm dataset with --dataset")
     if model.suffix == ".onnx":
         graph = open_onnx(model)
         if graph.preprocessing is None:

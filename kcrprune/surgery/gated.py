@@ -62,8 +62,12 @@ def _times(x: Tensor, gate: Tensor) -> Tensor:
 
 def is_open(site: BlockSite, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Whether patterns such as `blocks.1*` allow this block to be cut."""
-    wanted = not include or any(fnmatchcase(site.name, pattern) for pattern in include)
-    return wanted and not any(fnmatchcase(site.name, pattern) for pattern in exclude)
+    return (not include or matches(site, include)) and not matches(site, exclude)
+
+
+def matches(site: BlockSite, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns is the block's name, with `*` and `?` as in a shell."""
+    return any(fnmatchcase(site.name, pattern) for pattern in patterns)
 
 
 def add_gates_(

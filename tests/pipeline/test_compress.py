@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
 
 import kcrprune
 from kcrprune import pipeline
@@ -235,6 +236,29 @@ def test_images_that_do_not_suffice_are_told_of(checkpoint: Path, tmp_path: Path
     comparison = pipeline.compress(checkpoint, few, tmp_path / "run", ignore).comparison
     assert "calibration_images: 100 are asked for, and there are 39" in comparison.notes
     assert not any("score_images" in note for note in comparison.notes)
+
+
+def test_a_diverged_recovery_is_undone_and_its_log_is_json(checkpoint: Path, tmp_path: Path):
+    wild = {"lr": 1e30, "warmup_steps": 0, "search_steps": 0, "kernel_every": 2}
+    folder = pipeline.compress(checkpoint, SHORT.model_copy(update=wild), tmp_path / "run", ignore).folder
+    assert json.loads((folder / "run.json").read_text())["decisions"]["recover"]["kept_step"] == 0
+    log = (folder / "log.jsonl").read_text()
+    assert "NaN" not in log
+    assert any(step["loss"] is None for step in map(json.loads, log.splitlines()))
+
+
+def test_a_dataset_without_a_folder_is_evaluated(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="name a folder with --data, or a timm dataset with --dataset"):
+        pipeline.evaluate(checkpoint, RunConfig(), ignore)
+    opened: list[str] = []
+
+    def images(data: str | None, *_: object, dataset: str, **__: object) -> TensorDataset:
+        opened.append(f"{dataset} in {data}")
+        return TensorDataset(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))
+
+    monkeypatch.setattr("kcrprune.pipeline.verbs.open_evaluation", images)
+    assert pipeline.evaluate(checkpoint, RunConfig(dataset="hfds/x", workers=0, device="cpu"), ignore).images == 4
+    assert opened == ["hfds/x in None"]
 
 
 def test_a_search_that_trains_weights_leaves_the_plan_of_the_scores_alone(checkpoint: Path, tmp_path: Path):
