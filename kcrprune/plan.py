@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, Po
 
 Axis = Literal["mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads"]
 AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")
+PER_HEAD: tuple[Axis, ...] = ("attn_query", "attn_value")  # whose widths are those of one head
 
 Indices = tuple[NonNegativeInt, ...]
 
@@ -40,84 +41,123 @@ class Preprocessing(Frozen):
 
 
 class Kept(Frozen):
-    """The channels of one axis that survive: `indices` out of `width`, ascending."""
+    """The channels of one group that survive: of each kept head as many, out of `heads` heads of `width` channels.
 
+    The axis `heads` has no entry of its own: which heads of an attention stay, `kept_heads` of its groups say.
+    """
+
+    site: str  # the branch module
+    axis: Axis
+    heads: PositiveInt = 1
     width: PositiveInt
-    indices: Indices
+    kept_heads: Indices = (0,)
+    channels: tuple[Indices, ...]  # one for each kept head
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
-        ascending = all(a < b for a, b in pairwise(self.indices))
-        if not self.indices or not ascending or self.indices[-1] >= self.width:
-            raise ValueError(f"kept indices must be ascending, below the width {self.width}, and at least one")
+        _require_ascending(self.kept_heads, self.heads, f"{self.axis} of {self.site}: kept heads")
+        for indices in self.channels:
+            _require_ascending(indices, self.width, f"{self.axis} of {self.site}: kept channels")
+        if len(self.channels) != len(self.kept_heads):
+            raise ValueError(
+                f"{self.axis} of {self.site} describes {len(self.channels)} heads, {len(self.kept_heads)} are kept"
+            )
+        if len({len(indices) for indices in self.channels}) > 1:
+            raise ValueError(f"{self.axis} of {self.site}: every head keeps the same number of channels")
         return self
+
+    @property
+    def key(self) -> tuple[str, Axis]:
+        """What it is about: site and axis."""
+        return self.site, self.axis
+
+    @property
+    def block(self) -> str:
+        """The module around the branch, which users know as the block."""
+        return self.site.rpartition(".")[0]
+
+    @property
+    def kept_width(self) -> int:
+        """Channels that each kept head keeps; 0 where nothing stays."""
+        return len(self.channels[0]) if self.channels else 0
 
     @property
     def is_all(self) -> bool:
         """True when nothing is cut."""
-        return len(self.indices) == self.width
-
-    @classmethod
-    def all_of(cls, width: int) -> Self:
-        """Everything kept."""
-        return cls(width=width, indices=tuple(range(width)))
+        return len(self.kept_heads) == self.heads and self.kept_width == self.width
 
 
-class BlockPlan(Frozen):
-    """What one block keeps.
-
-    `attn_query` and `attn_value` hold one `Kept` for each *kept* head, in the order of `heads.indices`;
-    every head of a block keeps the same number of channels.
-    """
-
-    site: str
-    mlp_io: Kept
-    mlp_hidden: Kept
-    heads: Kept
-    attn_query: tuple[Kept, ...]
-    attn_value: tuple[Kept, ...]
-
-    @model_validator(mode="after")
-    def _equal_heads(self) -> Self:
-        for axis in ("attn_query", "attn_value"):
-            per_head = getattr(self, axis)
-            if len(per_head) != len(self.heads.indices):
-                raise ValueError(f"{axis} describes {len(per_head)} heads, {len(self.heads.indices)} are kept")
-            if len({(kept.width, len(kept.indices)) for kept in per_head}) != 1:
-                raise ValueError(f"{axis}: every head of a block keeps the same number of channels")
-        return self
-
-    @property
-    def is_all(self) -> bool:
-        """True when nothing of this block is cut."""
-        whole = (self.mlp_io, self.mlp_hidden, self.heads, *self.attn_query, *self.attn_value)
-        return all(kept.is_all for kept in whole)
-
-    @property
-    def widths(self) -> dict[Axis, int]:
-        """Kept channels by axis; for the two attention axes, channels of one head."""
-        return {
-            "mlp_io": len(self.mlp_io.indices),
-            "mlp_hidden": len(self.mlp_hidden.indices),
-            "attn_query": len(self.attn_query[0].indices),
-            "attn_value": len(self.attn_value[0].indices),
-            "heads": len(self.heads.indices),
-        }
+def _require_ascending(indices: Indices, width: int, what: str) -> None:
+    if any(a >= b for a, b in pairwise(indices)) or (indices and indices[-1] >= width):
+        raise ValueError(f"{what} must be ascending and below the width {width}")
 
 
 class ChannelPlan(Frozen):
-    """The decision for all blocks of one architecture."""
+    """The decision for all groups of one network; format 2, and format 1 is brought to it when it is read.
 
-    architecture: str  # the timm model name that the plan was made for
-    blocks: tuple[BlockPlan, ...]
+    `stream` is room for a permutation of the residual stream; today it is None.
+    """
 
-    def __iter__(self) -> Iterator[BlockPlan]:  # type: ignore[override]
-        return iter(self.blocks)
+    architecture: str | None  # the timm model name that the plan was made for, where it has one
+    groups: tuple[Kept, ...]
+    stream: Indices | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "blocks" not in data:
+            return data
+        blocks = data["blocks"]
+        if not isinstance(blocks, list | tuple) or not all(isinstance(block, dict) for block in blocks):
+            raise ValueError("blocks: a list of blocks is wanted")
+        try:
+            groups = [group for block in blocks for group in _upgraded(block)]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"blocks: {type(error).__name__} {error}") from None
+        return {"architecture": data.get("architecture"), "groups": groups}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        heads: dict[str, Indices] = {}
+        if len({kept.key for kept in self.groups}) != len(self.groups):
+            raise ValueError("a group is named twice")
+        for kept in self.groups:
+            if heads.setdefault(kept.site, kept.kept_heads) != kept.kept_heads:
+                raise ValueError(f"the groups of {kept.site} keep other heads")
+        return self
+
+    def __iter__(self) -> Iterator[Kept]:  # type: ignore[override]
+        return iter(self.groups)
 
     @property
     def is_all(self) -> bool:
         """True when nothing is cut."""
-        return all(block.is_all for block in self.blocks)
+        return all(kept.is_all for kept in self.groups)
+
+    @property
+    def blocks(self) -> dict[str, tuple[Kept, ...]]:
+        """The entries of each block, in order."""
+        return {
+            name: tuple(kept for kept in self.groups if kept.block == name)
+            for name in dict.fromkeys(kept.block for kept in self.groups)
+        }
+
+
+def _upgraded(block: dict[str, Any]) -> list[dict[str, Any]]:
+    """A block of format 1 as entries of format 2."""
+    attention, mlp = f"{block['site']}.attn", f"{block['site']}.mlp"
+    heads = block["heads"]
+    shared = {"site": attention, "heads": heads["width"], "kept_heads": heads["indices"]}
+    return [
+        *(
+            shared | {"axis": axis, "width": block[axis][0]["width"], "channels": [kept["indices"] for kept in block[axis]]}
+            for axis in ("attn_query", "attn_value")
+        ),
+        *(
+            {"site": mlp, "axis": axis, "width": block[axis]["width"], "channels": [block[axis]["indices"]]}
+            for axis in ("mlp_io", "mlp_hidden")
+        ),
+    ]
 
 
 def canonical_json(data: Any) -> str:

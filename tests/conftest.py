@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kcrprune.families import BlockSite, build, sites
+from kcrprune.families import build, contract_of, groups_of
 from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Kept
 
 # One thread: a second brings tiny networks nothing, and where the cores are shared it makes them ten times slower.

@@ -24,9 +24,9 @@ from kcrprune.artifact.safetensors_file import Header, is_safetensors, read_head
 from kcrprune.artifact.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
 from kcrprune.plan import Architecture, ChannelPlan, Frozen, Preprocessing, canonical_json
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 
-FORMAT: Final = 1  # raised when a file can no longer be read by an older kcrprune
+FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
 KEY: Final = "kcrprune"
 MODEL_FILE: Final = "model.safetensors"  # the artifact inside a run folder
 
@@ -116,7 +116,7 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
         raise CheckpointError(f"{path} is damaged: its weights are not those that were written (content hash differs)")
     model = build_quietly(contract.architecture)
     if contract.plan is not None:
-        apply_plan_(model, contract.plan)
+        cut_(model, contract.plan)
     model.load_state_dict(tensors, strict=True)
     return Opened(
         model=model.eval(),

@@ -18,7 +18,7 @@ from kcrprune.artifact.measured import DEEPEST
 from kcrprune.errors import CheckpointError
 from kcrprune.families import build, classifiers
 from kcrprune.plan import Architecture, ChannelPlan
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 
 Tensors = dict[str, Tensor]
 LARGEST_CUT: Final = 100  # ours; a network cut to a hundredth is no network
@@ -71,7 +71,7 @@ def check_outline(
     dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     check_memory(_bytes(outline), path)
     if plan is not None:
-        apply_plan_(outline, plan)
+        cut_(outline, plan)
     cut = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     check_fit(cut, shapes, path)
     if shapes.keys() != cut.keys():

@@ -1,38 +1,89 @@
-"""Which networks kcrprune knows, and where to cut them."""
+"""Which networks kcrprune knows, and where their channels lie."""
 
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import timm
 import torch
-from torch import nn
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 
 from kcrprune.errors import UnsupportedModelError
-from kcrprune.families.base import AttentionWidths, BlockSite, Family
+from kcrprune.families.attentions import ATTENTIONS, SLIM
+from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
 from kcrprune.families.features import FeatureTap, classifiers
-from kcrprune.families.swin import SWIN
-from kcrprune.families.vit import VIT
+from kcrprune.families.mlps import MLPS
+from kcrprune.families.observed import observe
+from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-FAMILIES: Final[tuple[Family, ...]] = (VIT, SWIN)
+RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS
+BLOCKS: Final[dict[type, dict[str, Branch]]] = {  # those that add their branches to the input of a norm
+    Block: {"attn": Branch("norm1", "ls1", "norm2"), "mlp": Branch("norm2", "ls2")},
+    SwinTransformerBlock: {"attn": Branch("norm1", behind="norm2"), "mlp": Branch("norm2")},
+    EvaBlock: {"attn": Branch("norm1", "gamma_1", "norm2"), "mlp": Branch("norm2", "gamma_2")},
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of network whose checkpoints are opened by name: timm's classes, exactly."""
+
+    name: str
+    model_classes: tuple[type[nn.Module], ...]
+
+
+FAMILIES: Final = (
+    Family("vit", (VisionTransformer, VisionTransformerDistilled)),
+    Family("swin", (SwinTransformer,)),
+    Family("swinv2", (SwinTransformerV2,)),
+    Family("eva", (Eva,)),
+)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that covers `model`; UnsupportedModelError with the reason where none does."""
+    """The family of a network; UnsupportedModelError with the reason where there is none."""
     for family in FAMILIES:
-        if isinstance(model, family.model_class):
-            reason = family.refusal(model)
-            if reason is None:
+        if type(model) in family.model_classes:
+            if groups_of(model):
                 return family
-            raise UnsupportedModelError(f"this network cannot be cut: {reason}")
-    known = ", ".join(family.model_class.__name__ for family in FAMILIES)
+            parts = sorted({type(module).__name__ for module in model.modules() if type(module).__name__[0] != "_"})
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} has no part that kcrprune can cut; it is made of {', '.join(parts)}"
+            )
+    known = ", ".join(cls.__name__ for family in FAMILIES for cls in family.model_classes)
     raise UnsupportedModelError(
         f"{type(model).__name__} is not a network that kcrprune can cut; it knows timm's {known}"
     )
 
 
-def sites(model: nn.Module) -> tuple[BlockSite, ...]:
-    """The blocks of a dense model, from the input to the head."""
-    return family_of(model).sites(model)
+def groups_of(model: nn.Module) -> tuple[Group, ...]:
+    """Every group of a dense network, in the order of its modules; by the exact class of each branch module."""
+    return find_groups(model, RULES, BLOCKS)
+
+
+def contract_of(model: nn.Module, image: Tensor | tuple[int, int, int]) -> Contract:
+    """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there."""
+    groups = groups_of(model)
+    if not isinstance(image, Tensor):
+        weight = next(model.parameters())
+        image = torch.zeros(1, *image, device=weight.device, dtype=weight.dtype)
+    owners = dict.fromkeys(slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head))
+    named = [name for name in owners if isinstance(owner_of(model, name), nn.Module)]
+    attentions = list(dict.fromkeys(group.site for group in groups if group.axis == "attn_value"))
+    training = model.training
+    positions, pairs = observe(model.eval(), named, attentions, image)
+    model.train(training)
+    rank = {name: index for index, name in enumerate(positions)}
+    first = {
+        site: min((rank[name] for name in positions if name.startswith(f"{site}.")), default=len(rank))
+        for site in {group.site for group in groups}
+    }
+    return Contract(tuple(sorted(groups, key=lambda group: first[group.site])), positions, pairs)
 
 
 def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
@@ -48,13 +99,23 @@ def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> 
 
 
 __all__ = [
+    "BLOCKS",
     "FAMILIES",
-    "AttentionWidths",
-    "BlockSite",
+    "RULES",
+    "SLIM",
+    "Contract",
     "Family",
     "FeatureTap",
+    "Group",
+    "Key",
+    "SlimAttention",
+    "Slot",
     "build",
     "classifiers",
+    "contract_of",
     "family_of",
-    "sites",
+    "find_groups",
+    "groups_of",
+    "kept_widths",
+    "owner_of",
 ]

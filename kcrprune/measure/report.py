@@ -1,10 +1,11 @@
 """What is known about a model, a run or a file: frozen data that survives JSON."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from kcrprune.plan import Axis, BlockPlan, ChannelPlan, Frozen, Preprocessing
+from kcrprune.plan import PER_HEAD, Axis, ChannelPlan, Frozen, Kept, Preprocessing
 
 Share = Annotated[float, Field(ge=0, le=1)]
 State = Literal["dense", "pruned", "onnx"]
@@ -24,21 +25,20 @@ class BlockWidths(Frozen):
         return self
 
     @classmethod
-    def of(cls, block: BlockPlan) -> Self:
-        """The widths that a plan gives to one block."""
-        dense: dict[Axis, int] = {
-            "mlp_io": block.mlp_io.width,
-            "mlp_hidden": block.mlp_hidden.width,
-            "attn_query": block.attn_query[0].width,
-            "attn_value": block.attn_value[0].width,
-            "heads": block.heads.width,
-        }
-        return cls(site=block.site, dense=dense, kept=block.widths)
+    def of(cls, block: str, entries: Sequence[Kept]) -> Self:
+        """The widths that a plan gives to the groups of one block."""
+        dense: dict[Axis, int] = {}
+        kept: dict[Axis, int] = {}
+        for entry in entries:
+            dense[entry.axis], kept[entry.axis] = entry.width, entry.kept_width
+            if entry.axis in PER_HEAD:
+                dense["heads"], kept["heads"] = entry.heads, len(entry.kept_heads)
+        return cls(site=block, dense=dense, kept=kept)
 
 
 def block_widths(plan: ChannelPlan) -> tuple[BlockWidths, ...]:
     """The widths of every block of a plan, from the input to the head."""
-    return tuple(BlockWidths.of(block) for block in plan)
+    return tuple(BlockWidths.of(block, entries) for block, entries in plan.blocks.items())
 
 
 class KernelFigures(Frozen):

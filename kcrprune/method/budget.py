@@ -1,144 +1,79 @@
-"""The budget: what a plan costs, and the plan that scores buy for a price.
+"""The plan that scores buy for a price.
 
-Letters: N tokens of the MLP, A tokens of attention (window padding included), T tokens of a window, D width of the
-stream, I channels that the MLP reads and writes, H hidden units, Q and V channels of all q heads and all v heads.
-One block costs  A D (2 Q + V) + A T (Q + V) + A V D + 2 N I H  MACs.
+What is minimised: the sum of the scores of the channels that go, under a limit on the cost; a problem of knapsacks
+whose items multiply, which is NP-hard. What is done: steps of widths are given up in the order of score lost for cost
+saved, then what is left over buys back. For one axis with concave gains the first is exact up to the last step; in
+general the plan loses no more score than the exact one does at a limit lower by the largest single step (measured on
+small cases against an exact solver, see tests and docs/method.md).
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from kcrprune.errors import BudgetError
-from kcrprune.families import BlockSite
-from kcrprune.method.gates import Gates
-from kcrprune.plan import AXES, Axis, BlockPlan, ChannelPlan, Kept
+from kcrprune.families import Group, Key
+from kcrprune.method.cost import MacCost, dense_widths, with_width
+from kcrprune.plan import AXES, PER_HEAD, ChannelPlan, Indices, Kept
 
-WINDOW = 0.005  # a plan lies within this share of the dense MACs below its target, where the widths allow it
+WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
 
-Number = TypeVar("Number", int, Tensor)
-Widths = dict[Axis, int]  # kept channels by axis; for the attention axes, of one head
-Scores = Mapping[str, Mapping[Axis, Tensor]]  # by site, then axis: (channels,), or (h, d) for the attention axes
-
-
-def block_macs(site: BlockSite, io: Number, hidden: Number, query: Number, value: Number) -> Number:
-    """MACs of one block for one image; integers give an integer, expected counts an expectation."""
-    per_token = site.width * (2 * query + value) + site.window_tokens * (query + value) + site.width * value
-    return site.attn_tokens * per_token + 2 * site.tokens * (io * hidden)
-
-
-def dense_widths(site: BlockSite) -> Widths:
-    """What a block has before any cut."""
-    return {
-        "mlp_io": site.width,
-        "mlp_hidden": site.hidden,
-        "attn_query": site.head_dim,
-        "attn_value": site.head_dim,
-        "heads": site.heads,
-    }
-
-
-def widths_macs(site: BlockSite, widths: Widths) -> int:
-    """MACs of a block that keeps these widths."""
-    query, value = widths["heads"] * widths["attn_query"], widths["heads"] * widths["attn_value"]
-    return block_macs(site, widths["mlp_io"], widths["mlp_hidden"], query, value)
-
-
-def changed(widths: Widths, axis: Axis, width: int) -> Widths:
-    """A copy in which one axis has another width."""
-    copy = dict(widths)
-    copy[axis] = width
-    return copy
-
-
-def predicted_macs(dense_macs: int, sites: Sequence[BlockSite], plan: ChannelPlan) -> int:
-    """MACs of the network that a plan leaves; equal to the counted MACs of the cut network, as integers."""
-    saved = (
-        widths_macs(site, dense_widths(site)) - widths_macs(site, block.widths)
-        for site, block in zip(sites, plan.blocks, strict=True)
-    )
-    return dense_macs - sum(saved)
-
-
-def expected_block_macs(site: BlockSite, keep: Mapping[Axis, Tensor]) -> Tensor:
-    """MACs of a block whose channels are kept with these probabilities (0/1 gives the exact count).
-
-    `keep` holds (channels,) for the axes of the MLP and for heads, (h, d) for the attention axes; what it lacks is
-    whole.
-    """
-    some = next(iter(keep.values()))
-    heads = keep.get("heads", some.new_ones(site.heads))  # (h,)
-    whole = some.new_full((site.heads,), float(site.head_dim))
-    per_head = {axis: keep[axis].sum(1) if axis in keep else whole for axis in ("attn_query", "attn_value")}  # (h,)
-    query, value = ((heads * per_head[axis]).sum() for axis in ("attn_query", "attn_value"))
-    io = keep["mlp_io"].sum() if "mlp_io" in keep else some.new_tensor(site.width)
-    hidden = keep["mlp_hidden"].sum() if "mlp_hidden" in keep else some.new_tensor(site.hidden)
-    return block_macs(site, io, hidden, query, value)
-
-
-def expected_macs(dense_macs: int, gates: Gates) -> Tensor:
-    """MACs of the network when each channel is kept with its gate's probability; differentiable in the logits."""
-    total = torch.tensor(float(dense_macs), dtype=torch.float64)
-    for site in gates.sites:
-        keep: dict[Axis, Tensor] = {
-            axis: gates.shaped(site, axis, gate.keep_probability.double()) for axis, gate in gates.at(site).items()
-        }
-        if keep:
-            saved = widths_macs(site, dense_widths(site)) - expected_block_macs(site, keep)
-            total = total.to(saved) - saved
-    return total
-
-
-def channel_macs(site: BlockSite, axis: Axis) -> int:
-    """MACs that one channel of an axis costs while everything else is whole; for `heads`, one head."""
-    widths = dense_widths(site)
-    saved = widths_macs(site, widths) - widths_macs(site, changed(widths, axis, widths[axis] - 1))
-    return saved // site.heads if axis in ("attn_query", "attn_value") else saved
+Scores = Mapping[Key, Tensor]  # by group: (units,), or (h, units) for the axes inside heads
 
 
 @dataclass(frozen=True)
-class Purse:
-    """What may be spent and on what: the open axes of each site, and the widths that are allowed."""
+class Allowed:
+    """What may be spent and on what: the cost, and which groups are open to which widths."""
 
-    dense_macs: int
-    sites: tuple[BlockSite, ...]
-    open_axes: Mapping[str, tuple[Axis, ...]]  # by site
+    cost: MacCost
+    groups: tuple[Group, ...]
+    open: frozenset[Key]
     round_to: int = 8
     min_width: float = 0.05  # smallest share of an axis that a block keeps
 
-    def levels(self, site: BlockSite, axis: Axis, step: int | None = None) -> list[int]:
-        """Allowed widths of an axis, ascending: multiples of the rounding, and the whole."""
-        whole = dense_widths(site)[axis]
-        if axis not in self.open_axes.get(site.name, ()):
-            return [whole]
-        step = step or (1 if axis == "heads" else self.round_to)
-        smallest = max(1, self.min_width * whole)
-        return [width for width in range(step, whole, step) if width >= smallest] + [whole]
+    @property
+    def opened(self) -> tuple[Group, ...]:
+        """The groups that are open."""
+        return tuple(group for group in self.groups if group.key in self.open)
+
+    def levels(self, group: Group) -> list[int]:
+        """Allowed widths of a group, ascending: multiples of the rounding, and the whole."""
+        if group.key not in self.open:
+            return [group.width]
+        step, smallest = self.step(group, self.round_to), max(1, self.min_width * group.width)
+        return [width for width in range(step, group.width, step) if width >= smallest] + [group.width]
+
+    def step(self, group: Group, rounding: int) -> int:
+        """Channels of one step of a width: heads go one by one, pairs together."""
+        return 1 if group.axis == "heads" else -(-rounding // group.span) * group.span
 
     def floor(self) -> int:
-        """MACs of the smallest network that the open axes allow."""
-        smallest: list[Widths] = [{axis: self.levels(site, axis)[0] for axis in AXES} for site in self.sites]
+        """Cost of the smallest network that the open groups allow."""
+        return self.cost_of({group.key: self.levels(group)[0] for group in self.groups})
+
+    def cost_of(self, widths: Mapping[Key, int]) -> int:
+        """Cost of the network at these widths."""
+        dense = dense_widths(self.groups)
         saved = (
-            widths_macs(site, dense_widths(site)) - widths_macs(site, widths)
-            for site, widths in zip(self.sites, smallest, strict=True)
+            self.cost.of_site(site, dense) - self.cost.of_site(site, widths)
+            for site in dict.fromkeys(group.site for group in self.groups)
         )
-        return self.dense_macs - sum(saved)
+        return self.cost.dense - sum(saved)
 
 
-def require_reachable(purse: Purse, target: float) -> None:
+def require_reachable(allowed: Allowed, target: float) -> None:
     """BudgetError, with the smallest reachable share and the axes that would allow the target."""
-    floor = purse.floor() / purse.dense_macs
+    floor = allowed.floor() / allowed.cost.dense
     if floor <= target:
         return
-    opened = {axis for axes in purse.open_axes.values() for axis in axes}
-    everything = {site.name: site.axes for site in purse.sites if site.name in purse.open_axes}
-    lowest = Purse(purse.dense_macs, purse.sites, everything, purse.round_to, purse.min_width)
-    reach = lowest.floor() / purse.dense_macs
-    missing = [axis for axis in AXES if axis not in opened and any(axis in axes for axes in everything.values())]
+    blocks = {group.block for group in allowed.groups if group.key in allowed.open}
+    everything = {group.key: group for group in allowed.groups if group.block in blocks and not group.whole}
+    opened = {axis for _, axis in allowed.open}
+    reach = replace(allowed, open=frozenset(everything)).floor() / allowed.cost.dense
+    there = {axis for _, axis in everything}
+    missing = [axis for axis in AXES if axis in there - opened]
     way_out = (
         f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
         if missing and reach <= target
@@ -155,145 +90,151 @@ def _round_up(share: float) -> str:
     return f"{-(-share * 1000 // 1) / 1000:.3f}"
 
 
-def solve(purse: Purse, scores: Scores, target: float, architecture: str) -> ChannelPlan:
-    """The plan of at most `target` of the dense MACs that loses least score.
+def solve(allowed: Allowed, scores: Scores, target: float, architecture: str | None) -> ChannelPlan:
+    """The plan of at most `target` of the dense cost that loses least score.
 
-    Steps of every open axis are given up in the order of score lost for a MAC saved, until the target is met; what
+    Steps of every open group are given up in the order of score lost for cost saved, until the target is met; what
     is then left over buys back the dearest steps that fit, in finer steps where whole multiples miss the window.
     BudgetError where the target is out of reach, and where a score is not a finite number.
     """
-    require_reachable(purse, target)
-    state = _State(purse, scores)
-    limit = max(int(target * purse.dense_macs), purse.floor())  # a target that is the floor may round below it
+    require_reachable(allowed, target)
+    state = _State(allowed, scores)
+    limit = max(int(target * allowed.cost.dense), allowed.floor())  # a target that is the floor may round below it
     state.give_up_until(limit)
-    step = purse.round_to
+    step = allowed.round_to
     while True:
         state.buy_back(limit, step)
-        if step == 1 or state.macs > (target - WINDOW) * purse.dense_macs:
+        if step == 1 or state.spent > (target - WINDOW) * allowed.cost.dense:
             break
         step = max(1, step // 2)
-    return ChannelPlan(architecture=architecture, blocks=tuple(state.block(site) for site in purse.sites))
+    return ChannelPlan(architecture=architecture, groups=tuple(state.kept()))
 
 
 class _State:
-    """Widths of every block while the solver trades them; `macs` is what they cost."""
+    """Widths of every group while the solver trades them; `spent` is what they cost."""
 
-    def __init__(self, purse: Purse, scores: Scores) -> None:
-        self.purse = purse
-        self.macs = purse.dense_macs
-        self.widths = {site.name: dense_widths(site) for site in purse.sites}
-        self.axes: list[tuple[BlockSite, Axis]] = [
-            (site, axis) for site in purse.sites for axis in purse.open_axes.get(site.name, ())
-        ]
-        self.scores = {(site.name, axis): scores[site.name][axis].detach().double().cpu() for site, axis in self.axes}
+    def __init__(self, allowed: Allowed, scores: Scores) -> None:
+        self.allowed = allowed
+        self.spent = allowed.cost.dense
+        self.widths = dense_widths(allowed.groups)
+        self.open = allowed.opened
+        self.by_site = {
+            site: [group for group in self.open if group.site == site]
+            for site in dict.fromkeys(group.site for group in self.open)
+        }
+        self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
-        self.lost = {key: _lost_below(score) for key, score in self.scores.items()}
+        self.lost = {group.key: _lost_below(group, self.scores[group.key]) for group in self.open}
 
     def give_up_until(self, limit: int) -> None:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
-        window = limit - WINDOW * self.purse.dense_macs
-        levels: dict[tuple[str, Axis], list[int]] = {
-            (site.name, axis): self.purse.levels(site, axis) for site, axis in self.axes
-        }
-        prices = {site.name: self._cheapest(site, levels) for site in self.purse.sites}
-        by_name = {site.name: site for site in self.purse.sites}
-        overshot: tuple[BlockSite, Axis, int] | None = None
-        while self.macs > limit:
-            name = min(prices, key=lambda name: prices[name][0])
-            price, axis, width = prices[name]
+        window = limit - WINDOW * self.allowed.cost.dense
+        levels = {group.key: self.allowed.levels(group) for group in self.open}
+        prices = {site: self._cheapest(groups, levels) for site, groups in self.by_site.items()}
+        overshot: tuple[Group, int] | None = None
+        while self.spent > limit:
+            site = min(prices, key=lambda site: prices[site][0])
+            price, group, width = prices[site]
             if price == float("inf") and overshot is not None:  # only steps that are too large are left
                 self._set(*overshot)
                 break
-            if self.macs - self._saving(by_name[name], axis, width) < window:
-                overshot = overshot or (by_name[name], axis, width)
-                levels[name, axis] = [self.widths[name][axis]]
+            if self.spent - self._saving(group, width) < window:
+                overshot = overshot or (group, width)
+                levels[group.key] = [self.widths[group.key]]
             else:
-                self._set(by_name[name], axis, width)
-            prices[name] = self._cheapest(by_name[name], levels)
+                self._set(group, width)
+            prices[site] = self._cheapest(self.by_site[site], levels)
 
-    def _cheapest(self, site: BlockSite, levels: Mapping[tuple[str, Axis], list[int]]) -> tuple[float, Axis, int]:
-        """(score lost for a MAC saved, axis, width) of the best next step down in a block."""
-        best: tuple[float, Axis, int] = (float("inf"), "mlp_io", 0)
-        for axis in self.purse.open_axes.get(site.name, ()):
-            allowed = levels[site.name, axis]
-            below = bisect_left(allowed, self.widths[site.name][axis])
+    def _cheapest(self, groups: Sequence[Group], levels: Mapping[Key, list[int]]) -> tuple[float, Group, int]:
+        """(score lost for a unit of cost saved, group, width) of the best next step down at a site."""
+        best = (float("inf"), groups[0], 0)
+        for group in sorted(groups, key=lambda group: group.axis):
+            below = bisect_left(levels[group.key], self.widths[group.key])
             if below:
-                width = allowed[below - 1]
-                price = self._loss(site, axis, width) / max(1, self._saving(site, axis, width))
-                best = min(best, (price, axis, width))
+                width = levels[group.key][below - 1]
+                price = self._loss(group, width) / max(1, self._saving(group, width))
+                if price < best[0]:
+                    best = (price, group, width)
         return best
 
     def buy_back(self, limit: int, step: int) -> None:
         """Widens by steps of `step` whatever gives most score and still fits, until nothing fits."""
         while options := list(self._affordable(limit, step)):
-            _, site, axis, width = max(options, key=lambda option: option[0])
-            self._set(site, axis, width)
+            _, group, width = max(options, key=lambda option: option[0])
+            self._set(group, width)
 
-    def _affordable(self, limit: int, step: int) -> Iterator[tuple[float, BlockSite, Axis, int]]:
-        for site, axis in self.axes:
-            now, whole = self.widths[site.name][axis], dense_widths(site)[axis]
-            width = min(whole, now + (1 if axis == "heads" else step))
-            cost = -self._saving(site, axis, width)
-            if now < width and self.macs + cost <= limit:
-                yield -self._loss(site, axis, width) / max(1, cost), site, axis, width
+    def _affordable(self, limit: int, step: int) -> Iterator[tuple[float, Group, int]]:
+        for group in self.open:
+            now = self.widths[group.key]
+            width = min(group.width, now + self.allowed.step(group, step))
+            cost = -self._saving(group, width)
+            if now < width and self.spent + cost <= limit:
+                yield -self._loss(group, width) / max(1, cost), group, width
 
-    def _loss(self, site: BlockSite, axis: Axis, width: int) -> float:
+    def _loss(self, group: Group, width: int) -> float:
         """Score lost by going from today's width to `width`; negative on the way up."""
-        lost = self.lost[site.name, axis]
-        return lost[width] - lost[self.widths[site.name][axis]]
+        lost = self.lost[group.key]
+        return lost[width // group.span] - lost[self.widths[group.key] // group.span]
 
-    def _saving(self, site: BlockSite, axis: Axis, width: int) -> int:
-        widths = self.widths[site.name]
-        return widths_macs(site, widths) - widths_macs(site, changed(widths, axis, width))
+    def _saving(self, group: Group, width: int) -> int:
+        cost = self.allowed.cost.of_site
+        return cost(group.site, self.widths) - cost(group.site, with_width(self.widths, group.key, width))
 
-    def _set(self, site: BlockSite, axis: Axis, width: int) -> None:
-        self.macs -= self._saving(site, axis, width)
-        self.widths[site.name][axis] = width
+    def _set(self, group: Group, width: int) -> None:
+        self.spent -= self._saving(group, width)
+        self.widths[group.key] = width
 
-    def block(self, site: BlockSite) -> BlockPlan:
-        """The best channels of every axis, at the widths that were bought."""
-        widths = self.widths[site.name]
-        heads = self._best(site, "heads", widths["heads"])
-        return BlockPlan(
-            site=site.name,
-            mlp_io=self._best(site, "mlp_io", widths["mlp_io"]),
-            mlp_hidden=self._best(site, "mlp_hidden", widths["mlp_hidden"]),
-            heads=heads,
-            attn_query=self._best_per_head(site, "attn_query", heads),
-            attn_value=self._best_per_head(site, "attn_value", heads),
-        )
+    def kept(self) -> Iterator[Kept]:
+        """The best channels of every group, at the widths that were bought."""
+        for group in self.allowed.groups:
+            if group.axis == "heads":
+                continue
+            heads = self._heads(group)
+            units = self.widths[group.key] // group.span
+            chosen = [self._best(group, head, units) for head in heads]
+            yield kept_of(group, heads, chosen)
 
-    def _best(self, site: BlockSite, axis: Axis, count: int) -> Kept:
-        whole = dense_widths(site)[axis]
-        if count == whole:
-            return Kept.all_of(whole)
-        return _top(self.scores[site.name, axis], count)
+    def _heads(self, group: Group) -> Indices:
+        key: Key = (group.site, "heads")
+        count = self.widths[key] if group.axis in PER_HEAD else group.heads
+        return tuple(range(count)) if count == group.heads else _top(self.scores[key], count)
 
-    def _best_per_head(self, site: BlockSite, axis: Axis, heads: Kept) -> tuple[Kept, ...]:
-        count = self.widths[site.name][axis]
-        if count == site.head_dim:
-            return (Kept.all_of(count),) * len(heads.indices)
-        return tuple(_top(self.scores[site.name, axis][head], count) for head in heads.indices)
+    def _best(self, group: Group, head: int, units: int) -> Indices:
+        if units == group.units:
+            return tuple(range(units))
+        score = self.scores[group.key]
+        return _top(score[head] if group.axis in PER_HEAD else score, units)
 
 
-def _require_finite(scores: Mapping[tuple[str, str], Tensor]) -> None:
-    for (name, axis), score in scores.items():
+def kept_of(group: Group, heads: Iterable[int], units: Sequence[Iterable[int]]) -> Kept:
+    """The entry of a plan that keeps some heads of a group and some units of each."""
+    return Kept(
+        site=group.site,
+        axis=group.axis,
+        heads=group.heads,
+        width=group.width,
+        kept_heads=tuple(heads),
+        channels=tuple(group.channels(of_head) for of_head in units),
+    )
+
+
+def _require_finite(scores: Mapping[Key, Tensor]) -> None:
+    for (site, axis), score in scores.items():
         if not score.isfinite().all():
             raise BudgetError(
-                f"the scores of {axis} in {name} are not finite numbers, so nothing can be ranked by them; where a "
+                f"the scores of {axis} in {site} are not finite numbers, so nothing can be ranked by them; where a "
                 "search ran, it diverged: lower search_lr or search_weight_lr"
             )
 
 
-def _lost_below(score: Tensor) -> list[float]:
-    """Score lost when only the best `width` channels stay, for width 0..channels (of every head, summed)."""
+def _lost_below(group: Group, score: Tensor) -> list[float]:
+    """Score lost when only the best units stay, for 0 units to all (of every head, summed)."""
     ranked = score.sort(descending=True, dim=-1).values
-    if ranked.ndim == 2:
+    if group.axis in PER_HEAD:
         ranked = ranked.sum(0)
     tail = ranked.flip(0).cumsum(0).flip(0)
     return [*tail.tolist(), 0.0]
 
 
-def _top(score: Tensor, count: int) -> Kept:
-    best = score.topk(count).indices.sort().values
-    return Kept(width=len(score), indices=tuple(best.tolist()))
+def _top(score: Tensor, count: int) -> Indices:
+    return tuple(score.topk(count).indices.sort().values.tolist())

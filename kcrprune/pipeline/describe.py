@@ -13,7 +13,7 @@ from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_widths
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for, tails
-from kcrprune.surgery.pruned import full_plan
+from kcrprune.surgery.narrow import full_plan
 from kcrprune.training.evaluate import Evaluation
 
 

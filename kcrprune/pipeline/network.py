@@ -8,9 +8,9 @@ from kcrprune.artifact.checkpoint import open_model
 from kcrprune.artifact.formats import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
-from kcrprune.families import sites
-from kcrprune.method.budget import Purse
-from kcrprune.plan import Axis
+from kcrprune.families import contract_of
+from kcrprune.method.budget import Allowed
+from kcrprune.method.cost import MacCost
 from kcrprune.surgery.gated import is_open, matches
 
 
@@ -20,15 +20,23 @@ def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
     return open_model(checkpoint, **{name: getattr(config, name) for name in overrides})
 
 
-def purse_of(model: nn.Module, macs: int, config: RunConfig) -> Purse:
+def allowed_of(model: nn.Module, macs: int, input_size: tuple[int, int, int], config: RunConfig) -> Allowed:
     """What a configuration may spend on a dense model; ConfigError names a pattern that no block matches."""
-    found = sites(model)
+    cost = MacCost.of(model, contract_of(model, input_size), macs)
+    return opened(cost, config)
+
+
+def opened(cost: MacCost, config: RunConfig) -> Allowed:
+    """The groups that a configuration opens of a network with this cost."""
+    groups = cost.contract.groups
     for pattern in (*config.include, *config.exclude):
-        if not any(matches(site, [pattern]) for site in found):
-            raise ConfigError(f"no block is named {pattern!r}; the blocks here are {found[0].name} to {found[-1].name}")
-    open_axes: dict[str, tuple[Axis, ...]] = {
-        site.name: tuple(axis for axis in config.axes if axis in site.axes)
-        for site in found
-        if is_open(site, config.include, config.exclude)
-    }
-    return Purse(macs, found, open_axes, config.round_to, config.min_width)
+        if not any(matches(group.block, [pattern]) for group in groups):
+            raise ConfigError(
+                f"no block is named {pattern!r}; the blocks here are {groups[0].block} to {groups[-1].block}"
+            )
+    open_ = frozenset(
+        group.key
+        for group in groups
+        if group.axis in config.axes and not group.whole and is_open(group, config.include, config.exclude)
+    )
+    return Allowed(cost, groups, open_, config.round_to, config.min_width)

@@ -18,19 +18,18 @@ from kcrprune.errors import CheckpointError, ConfigError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, StageTime
-from kcrprune.method.budget import Scores, predicted_macs, require_reachable, solve
+from kcrprune.method.budget import Scores, require_reachable, solve
 from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.method.objective import Objective
 from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
-from kcrprune.pipeline.network import open_for_run, purse_of
+from kcrprune.pipeline.network import allowed_of, open_for_run
 from kcrprune.pipeline.parts import divide, told_of_few
 from kcrprune.pipeline.runs import peak_memory_mib
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import balance_
-from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_, expand_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
@@ -64,8 +63,8 @@ class Run:
             raise CheckpointError(f"{checkpoint} is pruned already; compress the dense checkpoint that it came from")
         self.dense = self.opened.model.to(self.accelerator.device)
         self.macs = count_macs(self.dense, self.opened.preprocessing.input_size)
-        self.purse = purse_of(self.dense, self.macs, config)
-        require_reachable(self.purse, config.target_flops)
+        self.allowed = allowed_of(self.dense, self.macs, self.opened.preprocessing.input_size, config)
+        require_reachable(self.allowed, config.target_flops)
         self.images = open_images(config, self.opened.preprocessing, class_count(self.dense))
         self._say(
             f"{self.opened.architecture.name} ({self.opened.layout}), {self.macs:,} MACs, {self.images.description}"
@@ -111,7 +110,7 @@ class Run:
         self.balanced = copy.deepcopy(self.dense)  # the same function; what refits are made towards
         if config.balance:
             with self.stage("balance"):
-                balance_(self.balanced, self.purse.sites, self.parts.calibration)
+                balance_(self.balanced, self.allowed.groups, self.parts.calibration)
         rotated = copy.deepcopy(self.balanced)
         scores = self._score(rotated)
         for number in range(1, config.stages):
@@ -128,9 +127,8 @@ class Run:
         with self.stage("measure pruned"):
             kernel_after = kernel_figures(feature_covariance(pruned, self.parts.calibration), config.kernel_rank)
             accuracy_after = self._evaluate(pruned, reference.rewind_())
-        assert count_macs(pruned, self.opened.preprocessing.input_size) == predicted_macs(
-            self.macs, self.purse.sites, plan
-        ), "predicted and counted MACs differ"
+        counted = count_macs(pruned, self.opened.preprocessing.input_size)
+        assert counted == self.allowed.cost.predicted(plan), "predicted and counted MACs differ"
         with self.stage("save"):
             after = self._save(pruned, plan, path, kernel_after, accuracy_after)
         return Comparison(
@@ -160,31 +158,26 @@ class Run:
         return accuracy_of(evaluate(model, self.parts.evaluation, reference=reference, listener=self.listener))
 
     def _gate_(self, model: nn.Module) -> Gates:
-        config = self.config
-        return add_gates_(
-            model, config.axes, include=config.include, exclude=config.exclude, innovations=self.innovations
-        )
+        return add_gates_(model, self.allowed.groups, self.allowed.opened, innovations=self.innovations)
 
     def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
         ranking = self.config.ranking
         if ranking == "innovation":
             with self.stage("order"):
-                self.innovations = innovations_of(
-                    model, self.purse.open_axes, self.purse.sites, self.parts.scoring, generator
-                )
+                self.innovations = innovations_of(model, self.allowed.opened, self.parts.scoring, generator)
         gates = self._gate_(model)
         with self.stage("score"):
             if ranking == "magnitude":
-                scores = magnitude_scores(model, gates)
+                scores = magnitude_scores(model, gates, self.allowed.groups)
             elif ranking == "random":
-                scores = random_scores(gates, generator)
+                scores = random_scores(gates, self.allowed.cost, generator)
             elif ranking == "equal":
-                scores = equal_scores(gates)
+                scores = equal_scores(gates, self.allowed.cost)
             else:
                 scores = fisher_scores(model, gates, self.parts.scoring, generator)
         remove_gates_(model, gates)
-        if not any(score.any() for of_site in scores.values() for score in of_site.values()):
+        if not any(score.any() for score in scores.values()):
             raise CheckpointError(
                 f"every score is zero: on {sum(map(len, self.parts.scoring)):,} images nothing that may be cut changes "
                 "what the network answers; is its classifier trained?"
@@ -193,11 +186,11 @@ class Run:
 
     def _tighten_(self, model: nn.Module, scores: Scores, share: float) -> Scores:
         """Cuts and refits to a share above the target, writes that back in dense shape, and scores what is left."""
-        plan = solve(self.purse, scores, share, self.opened.architecture.name)
-        pruned = apply_plan_(copy.deepcopy(model), plan)
+        plan = solve(self.allowed, scores, share, self.opened.architecture.name)
+        pruned = cut_(copy.deepcopy(model), plan)
         if self.config.refit:
             self._refit(pruned, plan, f"to {share:.2f}")
-        expand_(model, pruned, self.purse.sites, plan)
+        expand_(model, pruned, plan)
         return self._score(model)
 
     def _search(self, model: nn.Module, scores: Scores) -> Scores:
@@ -209,7 +202,7 @@ class Run:
                 model,
                 gates,
                 scores,
-                self.macs,
+                self.allowed.cost,
                 self._objective(),
                 config,
                 self.accelerator,
@@ -229,8 +222,8 @@ class Run:
         measure = HeldOut(distance, self.parts.held_out, self.accelerator.device)
         uncorrected, losses, results = {}, {}, {}
         for name, (scores, uncut) in candidates.items():
-            plan = solve(self.purse, scores, self.config.target_flops, self.opened.architecture.name)
-            pruned = apply_plan_(copy.deepcopy(uncut), plan)
+            plan = solve(self.allowed, scores, self.config.target_flops, self.opened.architecture.name)
+            pruned = cut_(copy.deepcopy(uncut), plan)
             if self.config.refit:
                 uncorrected[name] = measure.loss(pruned)
                 self._refit(pruned, plan, name)
@@ -252,11 +245,11 @@ class Run:
         stage, config = f"refit ({name})", self.config
         generator = torch.Generator().manual_seed(config.seed)
         reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, generator)
-        with self.stage(stage, len(self.purse.sites)):
+        with self.stage(stage, len(plan.blocks)):
             refit_(
                 pruned,
                 self.balanced,
-                self.purse.sites,
+                self.allowed.groups,
                 plan,
                 self.parts.calibration,
                 ridge=config.refit_ridge,

@@ -8,12 +8,14 @@ from kcrprune.artifact.onnx import ExportResult, export_onnx, metadata_of, open_
 from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
-from kcrprune.families import family_of
+from kcrprune.families import contract_of
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
+from kcrprune.method.cost import MacCost
 from kcrprune.pipeline import runs
 from kcrprune.pipeline.describe import class_count, file_bytes, report_path
-from kcrprune.pipeline.network import open_for_run, purse_of
+from kcrprune.pipeline.network import open_for_run
+from kcrprune.pipeline.network import opened as opened_groups
 from kcrprune.plan import AXES, Axis
 from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation
@@ -89,13 +91,12 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
     axes: tuple[Axis, ...] = ()
     floor = {}
     if opened.plan is None:
-        allowed = {axis for site in family_of(opened.model).sites(opened.model) for axis in site.axes}
+        cost = MacCost.of(opened.model, contract_of(opened.model, opened.preprocessing.input_size), macs)
+        allowed = {group.axis for group in cost.contract.groups if not group.whole}
         axes = tuple(axis for axis in AXES if axis in allowed)
         for recipe in RECIPES:
-            purse = purse_of(opened.model, macs, load_config(recipe))
-            floor[recipe] = purse.floor() / macs
-        every = purse_of(opened.model, macs, config.model_copy(update={"axes": axes}))
-        floor["all axes"] = every.floor() / macs
+            floor[recipe] = opened_groups(cost, load_config(recipe)).floor() / macs
+        floor["all axes"] = opened_groups(cost, config.model_copy(update={"axes": axes})).floor() / macs
     return Inspection(
         source=str(path),
         layout=opened.layout,

@@ -2,86 +2,130 @@
 
 Inside a head q.k and proj v are bilinear: q' = R q with k' = R^-T k, and v' = R v with proj' = proj R^-1, compute the
 same for every invertible R. The balanced R makes both factors' second moments equal and diagonal, sorted, so that the
-last channels are the cheapest to cut (balanced truncation: Moore, 1981).
+last channels are the cheapest to cut (balanced truncation: Moore, 1981). Cosine attention allows rotations alone: there
+R diagonalises the sum of both moments, each over its trace.
 
 Letters: h heads, d channels of a head, X and Y the (d, d) second moments of the two factors.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import BlockSite
-from kcrprune.surgery.swap import layer_scale_at, linear_at
+from kcrprune.families import Group, Key, Slot, owner_of
+from kcrprune.families.observed import See, watching
+from kcrprune.surgery.swap import linear_at
 
 RIDGE = 1e-7  # share of the mean second moment that keeps the Cholesky factors of unused channels invertible
 
 
 @dataclass
 class HeadMoments:
-    """Sums over tokens of the second moments of one block's heads, each (h, d, d)."""
+    """Sums over tokens of the second moments of a group's heads, each (h, d, d).
 
-    query: Tensor
-    key: Tensor
-    output: Tensor  # what attention hands to proj
+    Of q and k, or of what attention hands to the reader (and nothing).
+    """
+
+    first: Tensor
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 @torch.no_grad()
-def balance_(model: nn.Module, sites: Iterable[BlockSite], batches: Iterable[Tensor]) -> nn.Module:
-    """Rotates q, k, v and proj of every block that allows it, on the statistics of `batches` of images.
+def balance_(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor]) -> nn.Module:
+    """Rotates the heads of every group that allows it, on the statistics of `batches` of images.
 
     The output moves by rounding only (1e-5 relative in float32).
     """
-    sites = [site for site in sites if site.rotate_query or site.rotate_value]
-    moments = head_moments(model, sites, batches)
-    for site in sites:
-        if site.rotate_query:
-            _rotate_query_(model, site, moments[site.name])
-        if site.rotate_value:
-            _rotate_value_(model, site, moments[site.name])
+    turned = [group for group in groups if rotates(group)]
+    moments = head_moments(model, turned, batches)
+    for group in turned:
+        found = moments[group.key]
+        if group.readers:
+            _rotate_value_(model, group, found.first)
+        elif group.basis == "orthogonal":
+            rotation = diagonalising(found.first, found.second)
+            for slot in group.writers:
+                _rotate_rows_(model, group, slot, rotation)
+        else:
+            rotation, inverse = balancing(found.first, found.second)
+            for half, turn in zip(halves(group), (rotation, inverse.transpose(1, 2)), strict=True):
+                for slot in half:
+                    _rotate_rows_(model, group, slot, turn)
     return model
 
 
-def head_moments(model: nn.Module, sites: Iterable[BlockSite], batches: Iterable[Tensor]) -> dict[str, HeadMoments]:
-    """Second moments of q, of k and of what enters proj, for each head of each site.
+def rotates(group: Group) -> bool:
+    """Whether a change of basis inside the heads of a group leaves the network unchanged."""
+    return group.axis in ("attn_query", "attn_value") and group.basis != "fixed"
 
-    k is centred over the keys of its window: softmax ignores what all keys have in common.
+
+def halves(group: Group) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
+    """The writers of q and those of k of a group without readers."""
+    middle = len(group.writers) // 2
+    return group.writers[:middle], group.writers[middle:]
+
+
+def head_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable[Tensor]) -> dict[Key, HeadMoments]:
+    """Second moments of q and k, or of what enters the reader, for each head of each group.
+
+    k is centred over the keys of its window: softmax ignores what all keys have in common. Under cosine attention both
+    have length 1.
     """
-    moments, hooks = {}, []
-    for site in sites:
-        zeros = torch.zeros(3, site.heads, site.head_dim, site.head_dim, dtype=torch.float64)
-        moments[site.name] = HeadMoments(*zeros)
-        hooks += [
-            model.get_submodule(site.qkv).register_forward_hook(partial(_see_qkv, site, moments[site.name])),
-            model.get_submodule(site.proj).register_forward_pre_hook(partial(_see_output, site, moments[site.name])),
-        ]
     device = next(model.parameters()).device
-    try:
+    moments: dict[Key, HeadMoments] = {}
+    seen: dict[str, list[See]] = {}
+    for group in groups:
+        zeros = torch.zeros(2, group.heads, group.width, group.width, dtype=torch.float64, device=device)
+        moments[group.key] = found = HeadMoments(zeros[0], zeros[1])
+        if group.readers:
+            seen.setdefault(group.readers[0].owner, []).append(_see_reader(group, found))
+        else:
+            for place, half in enumerate(halves(group)):
+                see = _see_writer(group, half[0], (found.first, found.second)[place], is_key=place == 1)
+                seen.setdefault(half[0].owner, []).append(see)
+    with _all_watched(model, seen):
         for images in batches:
             model(images.to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return moments
 
 
-def _see_qkv(site: BlockSite, moments: HeadMoments, module: nn.Module, inputs: tuple[Tensor], qkv: Tensor) -> None:
-    q, k, _ = qkv.unflatten(-1, (3, site.heads, site.head_dim)).unbind(-3)  # (windows, T, h, d)
-    moments.query += _second_moment(q)
-    moments.key += _second_moment(k - k.mean(1, keepdim=True))
+@contextmanager
+def _all_watched(model: nn.Module, seen: Mapping[str, Sequence[See]]) -> Iterator[None]:
+    def both(sees: Sequence[See]) -> See:
+        return lambda inputs, output: [see(inputs, output) for see in sees] and None
+
+    with ExitStack() as stack:
+        stack.enter_context(watching(model, {name: both(sees) for name, sees in seen.items()}))
+        yield
 
 
-def _see_output(site: BlockSite, moments: HeadMoments, module: nn.Module, inputs: tuple[Tensor]) -> None:
-    moments.output += _second_moment(inputs[0].unflatten(-1, (site.heads, site.head_dim)))
+def _see_reader(group: Group, moments: HeadMoments) -> See:
+    def see(inputs: Tensor, output: Tensor) -> None:
+        moments.first += _second_moment(inputs.unflatten(-1, (group.heads, group.width)))
+
+    return see
+
+
+def _see_writer(group: Group, slot: Slot, total: Tensor, *, is_key: bool) -> See:
+    def see(inputs: Tensor, output: Tensor) -> None:
+        x = output[..., slot.start : slot.start + group.heads * group.width]
+        x = x.unflatten(-1, (group.heads, group.width))  # (windows, T, h, d)
+        if group.basis == "orthogonal":
+            x = nn.functional.normalize(x, dim=-1)
+        elif is_key:
+            x = x - x.mean(-3, keepdim=True)
+        total.add_(_second_moment(x))
+
+    return see
 
 
 def _second_moment(x: Tensor) -> Tensor:
-    """Sum of x x^T over windows and tokens, (h, d, d), of x (windows, T, h, d)."""
-    flat = x.flatten(0, 1).transpose(0, 1).double()  # (h, tokens, d)
-    return (flat.transpose(1, 2) @ flat).cpu()
+    """Sum of x x^T over windows and tokens, (h, d, d), of x (..., h, d)."""
+    flat = x.flatten(0, -3).transpose(0, 1).double()  # (h, tokens, d)
+    return flat.transpose(1, 2) @ flat
 
 
 def balancing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,35 +141,43 @@ def balancing(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return rotation, inverse
 
 
+def diagonalising(x: Tensor, y: Tensor) -> Tensor:
+    """The rotation R (h, d, d) that makes the sum of both moments, each over its trace, diagonal and descending."""
+    shares = [moment / moment.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None] for moment in (x, y)]
+    return torch.linalg.eigh(shares[0] + shares[1]).eigenvectors.flip(2).transpose(1, 2)
+
+
 def _factor(moment: Tensor) -> Tensor:
     """The Cholesky factor of a second moment (h, d, d), made safely positive."""
     size = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # (h,)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     return torch.linalg.cholesky(moment + (RIDGE * size)[:, None, None] * eye)
 
 
-def _rotate_query_(model: nn.Module, site: BlockSite, moments: HeadMoments) -> None:
-    rotation, inverse = balancing(moments.query, moments.key)
-    _rotate_rows_(model, site, 0, rotation)
-    _rotate_rows_(model, site, 1, inverse.transpose(1, 2))
+def _rotate_value_(model: nn.Module, group: Group, moment: Tensor) -> None:
+    reader = linear_at(model, group.readers[0].owner).weight
+    columns = reader.double().unflatten(1, (group.heads, group.width)).transpose(0, 1)  # (h, D, d)
+    scaled = columns if group.scale is None else columns * scale_of(model, group.scale).double()[None, :, None]
+    rotation, inverse = balancing(moment, scaled.transpose(1, 2) @ scaled)
+    for slot in group.writers:
+        _rotate_rows_(model, group, slot, rotation)
+    reader.copy_((columns @ inverse).transpose(0, 1).flatten(1))
 
 
-def _rotate_value_(model: nn.Module, site: BlockSite, moments: HeadMoments) -> None:
-    proj = linear_at(model, site.proj).weight
-    columns = proj.double().cpu().unflatten(1, (site.heads, site.head_dim)).transpose(0, 1)  # (h, D, d)
-    scaled = columns
-    if site.scale1 is not None:
-        gamma = layer_scale_at(model, f"{site.name}.{site.scale1}")
-        scaled = columns * gamma.double().cpu()[None, :, None]
-    rotation, inverse = balancing(moments.output, scaled.transpose(1, 2) @ scaled)
-    _rotate_rows_(model, site, 2, rotation)
-    proj.copy_((columns @ inverse).transpose(0, 1).flatten(1))
+def scale_of(model: nn.Module, name: str) -> Tensor:
+    """The factors (D,) of a LayerScale: a module's gamma, or a bare parameter."""
+    owner = owner_of(model, name)
+    gamma = owner if isinstance(owner, Tensor) else owner.gamma
+    assert isinstance(gamma, Tensor), name
+    return gamma
 
 
-def _rotate_rows_(model: nn.Module, site: BlockSite, part: int, rotation: Tensor) -> None:
-    """Multiplies the rows of q (0), k (1) or v (2) of each head, and their biases, by `rotation` (h, d, d)."""
-    qkv = linear_at(model, site.qkv)
-    for tensor in (qkv.weight, qkv.bias):
-        if tensor is not None:
-            rows = tensor.view(3, site.heads, site.head_dim, -1)[part]  # (h, d, D or 1), a view
-            rows.copy_(rotation @ rows.double().cpu())
+def _rotate_rows_(model: nn.Module, group: Group, slot: Slot, rotation: Tensor) -> None:
+    """Multiplies the rows that a slot names, of a weight and its bias or of a bare bias, by `rotation` (h, d, d)."""
+    owner = owner_of(model, slot.owner)
+    tensors = [owner] if isinstance(owner, Tensor) else [owner.weight, owner.bias]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            part = tensor[slot.start : slot.start + group.heads * group.width]  # a view
+            rows = part.view(group.heads, group.width, -1)  # (h, d, D or 1)
+            rows.copy_(rotation @ rows.double())

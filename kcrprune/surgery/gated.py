@@ -1,17 +1,20 @@
-"""Dense to gated and back: linears whose inputs, their innovations or outputs are multiplied by gates."""
+"""Dense to gated and back: readers whose inputs, or their innovations, are multiplied by gates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import BlockSite, family_of
-from kcrprune.method.gates import ChannelGate, Gates, QkvGate
+from kcrprune.families import SLIM, Group
+from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
-from kcrprune.plan import Axis, BlockPlan, ChannelPlan
-from kcrprune.surgery.pruned import head_rows
+from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.norm import GatedNorm
 from kcrprune.surgery.swap import linear_at, swap_
+
+Gate = Callable[[], Tensor]
 
 
 class GatedLinear(nn.Linear):
@@ -25,34 +28,57 @@ class GatedLinear(nn.Linear):
         self,
         linear: nn.Linear,
         *,
-        in_gate: nn.Module | None = None,
-        out_gate: nn.Module | None = None,
+        in_gate: Gate | None = None,
+        out_gate: Gate | None = None,
         innovations: Innovations | None = None,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.in_gate, self.out_gate = in_gate, out_gate
         self.innovations = innovations
+        self._held: tuple[int, Tensor] | None = None  # W B, and the version of W that it was made of
 
     def forward(self, input: Tensor) -> Tensor:
         """out_gate * (W (in_gate * input) + b), or out_gate * (W input + b - W B ((1 - in_gate) * innovations))."""
-        if self.in_gate is None:
+        gate = None if self.in_gate is None else self.in_gate()
+        if gate is None:
             output = super().forward(input)
         elif self.innovations is None:
-            output = super().forward(_times(input, self.in_gate()))
+            output = super().forward(times(input, gate))
+        elif gate.ndim == 1:
+            output = nn.functional.linear(input, *self._closed_weight(1 - gate, self.innovations))
         else:
             output = super().forward(input)
-            output = output - self._closed(input, 1 - self.in_gate(), self.innovations).to(output.dtype)
-        return output if self.out_gate is None else _times(output, self.out_gate())
+            output = output - self._closed_images(input, 1 - gate, self.innovations).to(output.dtype)
+        return output if self.out_gate is None else times(output, self.out_gate())
 
-    def _closed(self, input: Tensor, closed: Tensor, innovations: Innovations) -> Tensor:
-        """What the closed gates hold back of the output; in float32, since A and B are no well-conditioned matrices."""
+    def _closed_weight(self, closed: Tensor, innovations: Innovations) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of what closed gates (I,), the same for all images, leave: two products of weights a step.
+
+        In float32, since A and B are no well-conditioned matrices.
+        """
+        with torch.autocast(self.weight.device.type, enabled=False):
+            held = self._synthesis(innovations) * closed.float()  # (O, I)
+            weight = self.weight.float() - held @ innovations.analysis
+            mean = held @ (innovations.analysis @ innovations.mean)
+            return weight.to(self.weight.dtype), mean.to(self.weight.dtype) if self.bias is None else self.bias + mean
+
+    def _synthesis(self, innovations: Innovations) -> Tensor:
+        """W B; made anew only where the weight has changed."""
+        if self.weight.requires_grad:
+            return self.weight.float() @ innovations.synthesis
+        if self._held is None or self._held[0] != self.weight._version:
+            self._held = self.weight._version, self.weight.float() @ innovations.synthesis
+        return self._held[1]
+
+    def _closed_images(self, input: Tensor, closed: Tensor, innovations: Innovations) -> Tensor:
+        """What gates that each image has of its own hold back of the output."""
         with torch.autocast(input.device.type, enabled=False):
-            held = _times(nn.functional.linear(input.float() - innovations.mean, innovations.analysis), closed)
-            return nn.functional.linear(held, self.weight.float() @ innovations.synthesis)
+            held = times(nn.functional.linear(input.float() - innovations.mean, innovations.analysis), closed)
+            return nn.functional.linear(held, self._synthesis(innovations))
 
 
-def _times(x: Tensor, gate: Tensor) -> Tensor:
+def times(x: Tensor, gate: Tensor) -> Tensor:
     """Product of x (rows, ..., C) and a gate: (C,) for all, or (B, C) with an image's windows in adjacent rows."""
     if gate.ndim == 2:
         gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
@@ -60,100 +86,108 @@ def _times(x: Tensor, gate: Tensor) -> Tensor:
     return x * gate.to(x.dtype)
 
 
-def is_open(site: BlockSite, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether patterns such as `blocks.1*` allow this block to be cut."""
-    return (not include or matches(site, include)) and not matches(site, exclude)
+def is_open(group: Group, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns such as `blocks.1*` allow the block of this group to be cut."""
+    return (not include or matches(group.block, include)) and not matches(group.block, exclude)
 
 
-def matches(site: BlockSite, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns is the block's name, with `*` and `?` as in a shell."""
-    return any(fnmatchcase(site.name, pattern) for pattern in patterns)
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns is the name, with `*` and `?` as in a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def add_gates_(
     model: nn.Module,
-    axes: Sequence[Axis],
+    groups: Sequence[Group],
+    open_: Sequence[Group],
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     innovations: Mapping[str, Innovations] | None = None,
 ) -> Gates:
-    """Puts gates on the axes that each open block allows; all gates start open, and the output is unchanged.
+    """Puts gates on the groups `open_` of a dense model; all start open, and the output is unchanged.
 
-    `innovations` by name of a linear: its gates act on them (fc2 for `mlp_hidden`, proj for `attn_value`).
+    `groups` are all groups of the model. `innovations` by name of a reader: its gates act on them.
     """
-    sites = family_of(model).sites(model)
-    device = next(model.parameters()).device
-    by_site = {}
-    for site in sites:
-        if is_open(site, include, exclude):
-            allowed: list[Axis] = [axis for axis in axes if axis in site.axes]
-            by_site[site.name] = _gate_block_(model, site, allowed, device, innovations or {})
-    return Gates(sites, by_site)
-
-
-def _gate_block_(
-    model: nn.Module,
-    site: BlockSite,
-    axes: Sequence[Axis],
-    device: torch.device,
-    innovations: Mapping[str, Innovations],
-) -> dict[Axis, ChannelGate]:
-    gates: dict[Axis, ChannelGate] = {axis: ChannelGate(axis_channels(site, axis), device) for axis in axes}
-    io, hidden = gates.get("mlp_io"), gates.get("mlp_hidden")
-    if io is not None:
-        swap_(model, site.fc1, GatedLinear(linear_at(model, site.fc1), in_gate=io))
-    if io is not None or hidden is not None:
-        fc2 = GatedLinear(
-            linear_at(model, site.fc2), in_gate=hidden, out_gate=io, innovations=innovations.get(site.fc2)
-        )
-        swap_(model, site.fc2, fc2)
-    query, value, heads = gates.get("attn_query"), gates.get("attn_value"), gates.get("heads")
-    if value is not None and site.proj in innovations:
-        proj = GatedLinear(linear_at(model, site.proj), in_gate=value, innovations=innovations[site.proj])
-        swap_(model, site.proj, proj)
-        value = None
-    if query is not None or value is not None or heads is not None:
-        gate = QkvGate(query, value, heads, site.head_dim)
-        swap_(model, site.qkv, GatedLinear(linear_at(model, site.qkv), out_gate=gate))
+    weight = next(model.parameters())
+    gates = Gates(open_, weight.device, weight.dtype)
+    for site in dict.fromkeys(group.site for group in open_):
+        here = [group for group in groups if group.site == site]
+        _gate_site_(model, here, gates, innovations or {})
     return gates
 
 
-def axis_channels(site: BlockSite, axis: Axis) -> int:
-    """Number of gates of one axis of a block."""
-    inner = site.heads * site.head_dim
-    widths: dict[Axis, int] = {
-        "mlp_io": site.width,
-        "mlp_hidden": site.hidden,
-        "attn_query": inner,
-        "attn_value": inner,
-        "heads": site.heads,
-    }
-    return widths[axis]
+def _gate_site_(model: nn.Module, here: Sequence[Group], gates: Gates, innovations: Mapping[str, Innovations]) -> None:
+    """The gates of one branch module."""
+    site, by_axis = here[0].site, {group.axis: group for group in here}
+    if ("attn_query" in by_axis) and (site, "attn_query") in gates.slices:
+        slim = SLIM[type(model.get_submodule(site))].of(model.get_submodule(site))
+        query = by_axis["attn_query"]
+        slim.query_gate = lambda: gates.channels(query)
+        gates.replaced[site] = swap_(model, site, slim)
+    for group in here:
+        parts = [part for part in (group, by_axis.get("heads")) if part and part.key in gates.slices]
+        parts = parts if group.axis == "attn_value" else [part for part in parts if part is group]
+        if group.axis == "heads" or not group.readers or not parts:
+            continue
+        gate = _product(gates, parts, group.width)
+        if group.norm and not any(slot.owner in innovations for slot in group.readers):
+            norm = model.get_submodule(group.norm)
+            gates.replaced[group.norm] = swap_(model, group.norm, GatedNorm(norm, gate))
+        for slot in group.readers:
+            _gated_linear_(model, slot.owner, gates).in_gate = gate
+            _gated_linear_(model, slot.owner, gates).innovations = innovations.get(slot.owner)
+        for slot in group.writers if group.wide else ():
+            _gated_linear_(model, slot.owner, gates).out_gate = gate
+
+
+def _product(gates: Gates, parts: Sequence[Group], width: int) -> Gate:
+    """The product of gates on channels and gates on heads, each of which holds `width` channels."""
+
+    def gate() -> Tensor:
+        values = [
+            gates.channels(part).repeat_interleave(width, dim=-1) if part.axis == "heads" else gates.channels(part)
+            for part in parts
+        ]
+        return values[0] if len(values) == 1 else prod(values[1:], start=values[0])
+
+    return gate
+
+
+def _gated_linear_(model: nn.Module, name: str, gates: Gates) -> GatedLinear:
+    """The gated linear of that name; put there where there is none yet."""
+    linear = linear_at(model, name)
+    if isinstance(linear, GatedLinear):
+        return linear
+    gated = GatedLinear(linear)
+    gates.replaced[name] = swap_(model, name, gated)
+    return gated
 
 
 def remove_gates_(model: nn.Module, gates: Gates) -> nn.Module:
-    """Back to the dense state: each gated linear becomes a plain one with the same weights."""
-    for site in gates.sites:
-        for name in (site.fc1, site.fc2, site.qkv, site.proj):
-            linear = linear_at(model, name)
-            if isinstance(linear, GatedLinear):
-                plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-                plain.weight, plain.bias = linear.weight, linear.bias
-                swap_(model, name, plain)
+    """Back to the dense state: what was there before, with the weights as they are now."""
+    for name, module in gates.replaced.items():
+        swap_(model, name, module)
+    gates.replaced.clear()
     return model
 
 
 def harden_(gates: Gates, plan: ChannelPlan) -> None:
     """Sets every gate to the 0/1 mask of a plan."""
-    blocks = {block.site: block for block in plan.blocks}
-    for site, axis, gate in gates:
-        mask = torch.zeros_like(gate.logits)
-        mask[_kept_positions(blocks[site.name], axis, site.head_dim)] = 1
-        gate.harden_(mask)
+    gates.harden_(plan_mask(gates, plan))
 
 
-def _kept_positions(block: BlockPlan, axis: Axis, head_dim: int) -> list[int]:
-    if axis == "attn_query" or axis == "attn_value":
-        return head_rows(block.heads.indices, getattr(block, axis), head_dim)
-    return list(getattr(block, axis).indices)
+def plan_mask(gates: Gates, plan: ChannelPlan) -> Tensor:
+    """(n,) ones where a plan keeps a gate's channels."""
+    entries = {kept.key: kept for kept in plan.groups}
+    mask = torch.zeros_like(gates.logits)
+    for group, part in gates:
+        kept = entries[group.site, "attn_value" if group.axis == "heads" else group.axis]
+        if group.axis == "heads":
+            mask[part][list(kept.kept_heads)] = 1
+            continue
+        by_channel = torch.zeros(group.heads, group.width, device=mask.device, dtype=mask.dtype)
+        for head, channels in zip(kept.kept_heads, kept.channels, strict=True):
+            by_channel[head, list(channels)] = 1
+        units = [group.channels([unit])[0] for unit in range(group.units)]
+        mask[part] = by_channel[:, units].flatten()
+    return mask
+

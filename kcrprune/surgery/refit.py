@@ -1,26 +1,27 @@
 """Closed-form correction of what a cut left.
 
 Block after block, on the features that the already cut network produces: the linears that write to the residual
-stream, proj and fc2, are fitted so that the cut network's stream comes back to the dense network's; those that read it,
-qkv, fc1 and the merging of patches, so that what they kept of their outputs comes back to the dense network's; last the
-classifier, to the dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut
+stream (readers of groups) are fitted so that the cut network's stream comes back to the dense network's; those that
+read it (writers of groups, the merging of patches), so that what they kept of their outputs comes back to the dense
+network's, as do readers that no stream is known for; last the classifier, to the dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut
 further up as much as behind one of its own. No training, no labels, one pass.
 The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
 
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import BlockSite, classifiers
-from kcrprune.plan import BlockPlan, ChannelPlan
-from kcrprune.surgery.pruned import qkv_rows
-from kcrprune.surgery.swap import layer_scale_at, linear_at
-from kcrprune.surgery.tokens import as_attention_sees, input_of, real_tokens
+from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.balance import scale_of
+from kcrprune.surgery.narrow import IndexMap, index_map
+from kcrprune.surgery.partial import Block, as_branch_sees, input_of, read_by, real_tokens, walk
+from kcrprune.surgery.swap import linear_at
 
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
 
@@ -64,7 +65,7 @@ class NormalEquations:
 def refit_(
     pruned: nn.Module,
     dense: nn.Module,
-    sites: Sequence[BlockSite],
+    groups: Sequence[Group],
     plan: ChannelPlan,
     batches: Sequence[Tensor],
     *,
@@ -74,22 +75,28 @@ def refit_(
 ) -> nn.Module:
     """Refits the linears of `pruned`, which was cut out of `dense`, towards `dense` on `batches` of images.
 
-    `sites` are those of the dense model. The channels of a head must mean the same in both, so where heads were
-    rotated `dense` is the rotated network. `fit_block` is called after the linears of each block, and may bring the
-    block as a whole nearer to the dense stream. Memory: two residual streams of all images.
+    `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
+    in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
+    block, and may bring the block as a whole nearer to the dense stream. Memory: two residual streams of all images.
     """
     device = next(pruned.parameters()).device
+    blocks = list(dict.fromkeys(group.block for group in groups))
+    steps = walk(dense, blocks, batches[0][:1].to(device))
+    kept = index_map(dense, groups, plan)
     whole = _Pair(dense, pruned, ridge, device)
-    dense_streams = [input_of(dense, sites[0].name, images.to(device)).cpu() for images in batches]
-    cut_streams = [input_of(pruned, sites[0].name, images.to(device)).cpu() for images in batches]
+    dense_streams = [input_of(dense, steps[0].block, images.to(device)).cpu() for images in batches]
+    cut_streams = [input_of(pruned, steps[0].block, images.to(device)).cpu() for images in batches]
+    touched = {name.rpartition(".")[0] for name in kept}
     cut = False
-    for done, (site, block) in enumerate(zip(sites, plan.blocks, strict=True), start=1):
-        for name in site.entry:
+    for done, step in enumerate(steps, start=1):
+        for name in step.entry:
             whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut)
-        pair = whole.at(site.name)
-        cut = cut or not (block.is_all and pair.equal)
+        pair = whole.at(step.block)
+        cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
+        pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
         if cut:
-            _refit_block_(pair, site, block, dense_streams, cut_streams, fit_block)
+            here = [group for group in groups if group.block == step.block]
+            _refit_block_(pair, _fits(dense, step.block, here, kept), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
@@ -98,6 +105,43 @@ def refit_(
         for classifier in classifiers(pruned):
             whole.refit_reader_(names[classifier], batches, batches, strength=CLASSIFIER_RIDGE)
     return pruned
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One linear of a block: what of its dense outputs it keeps, and which stream it brings back; names in a Block."""
+
+    name: str
+    rows: list[int] | None
+    site: str = ""
+    before: str | None = None  # the norm that the branch reads the stream through; None: fit to its own dense output
+    behind: str | None = None  # the next norm, whose input is the stream with the branch; None: the block's output
+    scale: str | None = None
+
+
+def _fits(dense: nn.Module, block: str, groups: Sequence[Group], kept: IndexMap) -> Iterator[_Fit]:
+    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers."""
+
+    def inside(name: str | None) -> str | None:
+        return name and f"inside{name.removeprefix(block)}"
+
+    for site in dict.fromkeys(group.site for group in groups):
+        here = [group for group in groups if group.site == site and not group.wide]
+        readers = {slot.owner: group for group in here for slot in group.readers}
+        writers = [slot.owner for group in here for slot in group.writers]
+        for owner in dict.fromkeys([*writers, *readers]):
+            if not isinstance(owner_of(dense, owner), nn.Linear):
+                continue
+            fit = _Fit(f"inside{owner.removeprefix(block)}", kept.get(f"{owner}.weight", {}).get(0))
+            if group := readers.get(owner):
+                fit = replace(
+                    fit,
+                    site=f"inside{site.removeprefix(block)}",
+                    before=inside(group.stream),
+                    behind=inside(group.behind),
+                    scale=inside(group.scale),
+                )
+            yield fit
 
 
 @dataclass(frozen=True)
@@ -137,74 +181,83 @@ class _Pair:
         cut_in: Sequence[Tensor],
         *,
         rows: Sequence[int] | None = None,
-        columns: Sequence[int] | None = None,
         strength: float = 1.0,
     ) -> None:
         """Fits the linear `name` to what it puts out in the dense module; `strength` multiplies the ridge.
 
-        `rows` and `columns` are the dense outputs and inputs that the cut left to it; None is all of them.
+        `rows` are the dense outputs that the cut left to it; None is all of them.
         """
         linear = linear_at(self.cut, name)
         sums = NormalEquations.for_linear(linear)
         for dense_x, cut_x in zip(dense_in, cut_in, strict=True):
-            z = input_of(self.cut, name, cut_x.to(self.device)).flatten(0, -2)
-            y = linear_at(self.dense, name)(input_of(self.dense, name, dense_x.to(self.device))).flatten(0, -2)
-            sums.add_(linear, _taken(z, columns), _taken(y, rows))
+            z = read_by(self.cut, name, cut_x.to(self.device)).flatten(0, -2)
+            own = linear_at(self.dense, name)
+            y = nn.functional.linear(read_by(self.dense, name, dense_x.to(self.device)), own.weight, own.bias)
+            sums.add_(linear, z, _taken(y.flatten(0, -2), rows))
         _correct_(linear, sums, strength * self.ridge)
 
-    def refit_proj_(self, site: BlockSite, dense_in: Streams, cut_in: Streams) -> None:
-        """Fits proj of a block to what brings the stream behind attention to the dense one."""
-        name = f"{site.attn}.proj"
-        proj, gamma = linear_at(self.cut, name), self._layer_scale(site.scale1)
-        sums = NormalEquations.for_linear(proj)
-        for dense_stream, cut_stream in zip(dense_in, cut_in, strict=True):
-            stream = cut_stream.to(self.device)
-            z = input_of(self.cut, name, stream)
-            target = input_of(self.dense, site.norm2, dense_stream.to(self.device))
-            wanted = as_attention_sees(self.cut, site, target.view_as(stream) - stream)
-            real = real_tokens(self.cut, site, stream)
-            sums.add_(proj, z.flatten(0, -2)[real], wanted.flatten(0, -2)[real] / gamma)
-        _correct_(proj, sums, self.ridge)
+    def refit_to_stream_(self, fit: _Fit, dense_streams: Streams, cut_in: Streams) -> None:
+        """Fits a linear that writes to the stream to what brings the stream behind it to the dense one.
 
-    def refit_fc2_(self, site: BlockSite, io: Sequence[int], dense_out: Streams, cut_in: Streams) -> None:
-        """Fits fc2 of a block to what brings the stream behind the block to the dense one, in the channels `io`."""
-        name = f"{site.mlp}.fc2"
-        fc2, gamma = linear_at(self.cut, name), self._layer_scale(site.scale2)
-        sums = NormalEquations.for_linear(fc2)
-        for target, stream in zip(dense_out, cut_in, strict=True):
-            stream = stream.to(self.device)
-            z = input_of(self.cut, name, stream)
-            middle = input_of(self.cut, site.norm2, stream)
-            wanted = (target.to(self.device).view_as(middle) - middle) / gamma
-            sums.add_(fc2, z.flatten(0, -2), _taken(wanted.flatten(0, -2), io))
-        _correct_(fc2, sums, self.ridge)
+        `dense_streams` lie before the block where another branch follows in it, else behind the block.
+        """
+        assert fit.before is not None
+        linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
+        sums = NormalEquations.for_linear(linear)
+        reordered = self._reorders(fit, cut_in[0][:1].to(self.device))
+        for dense_stream, cut_stream in zip(dense_streams, cut_in, strict=True):
+            stream, target = cut_stream.to(self.device), dense_stream.to(self.device)
+            if fit.behind is not None:
+                target = input_of(self.dense, fit.behind, target)
+            z = read_by(self.cut, fit.name, stream).flatten(0, -2)
+            before = input_of(self.cut, fit.before, stream)
+            wanted = target.view_as(before) - before
+            if reordered:
+                real = real_tokens(self.cut, fit.before, fit.site, stream)
+                wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
+                wanted, z = wanted.flatten(0, -2)[real], z[real]
+            sums.add_(linear, z, _taken((wanted / gamma).flatten(0, -2), fit.rows))
+        _correct_(linear, sums, self.ridge)
+
+    def _reorders(self, fit: _Fit, stream: Tensor) -> bool:
+        """Whether a branch sees the tokens of the stream in another order (windows), or others beside them."""
+        assert fit.before is not None
+
+        def places(of: Tensor) -> Tensor:
+            return torch.arange(of.numel(), device=of.device).view_as(of).to(of.dtype)
+
+        seen = as_branch_sees(self.cut, fit.before, fit.site, stream, places)
+        return not torch.equal(seen.flatten(), places(seen).flatten())
 
     def _layer_scale(self, name: str | None) -> Tensor:
         """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
         if name is None:
             return torch.ones((), device=self.device)
-        gamma = layer_scale_at(self.cut, name)
+        gamma = scale_of(self.cut, name)
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
 
 
 def _refit_block_(
     pair: _Pair,
-    site: BlockSite,
-    block: BlockPlan,
+    fits: Iterable[_Fit],
     dense_streams: Streams,
     cut_streams: Streams,
     fit_block: FitBlock | None,
 ) -> None:
     """Refits in the order of the forward pass, and moves both streams behind the block, batch by batch in place.
 
-    qkv on the padding of windows too, which makes keys and values.
+    What makes keys and values is fitted on the padding of windows too.
     """
-    io, hidden = block.mlp_io.indices, block.mlp_hidden.indices
-    pair.refit_reader_(f"{site.attn}.qkv", dense_streams, cut_streams, rows=qkv_rows(site, block))
-    pair.refit_proj_(site, dense_streams, cut_streams)
-    pair.refit_reader_(f"{site.mlp}.fc1", dense_streams, cut_streams, rows=hidden, columns=io)
+    fits = list(fits)
+    for fit in fits:
+        if fit.before is None:
+            pair.refit_reader_(fit.name, dense_streams, cut_streams, rows=fit.rows)
+        elif fit.behind is not None:
+            pair.refit_to_stream_(fit, dense_streams, cut_streams)
     _advance_(pair.dense, dense_streams, pair.device)
-    pair.refit_fc2_(site, io, dense_streams, cut_streams)
+    for fit in fits:
+        if fit.before is not None and fit.behind is None:  # the last of a block
+            pair.refit_to_stream_(fit, dense_streams, cut_streams)
     if fit_block is not None:
         fit_block(pair.cut, cut_streams, dense_streams)
     _advance_(pair.cut, cut_streams, pair.device)

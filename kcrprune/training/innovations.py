@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import BlockSite
+from kcrprune.families import Group
+from kcrprune.families.observed import watching
 from kcrprune.method.innovations import Innovations, elimination_order
-from kcrprune.plan import Axis
+from kcrprune.plan import PER_HEAD
+from kcrprune.surgery.partial import real_tokens
 from kcrprune.surgery.swap import linear_at
-from kcrprune.surgery.tokens import input_of, real_tokens
 from kcrprune.training.scores import sampled_loss
 
 
@@ -32,9 +33,9 @@ class LinearMoments:
         self.real, self.tokens = real, 0
         self.output: Tensor | None = None
 
-    def see_inputs(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """A forward hook: takes in inputs (..., I), and keeps the output for its gradient."""
-        x = inputs[0].detach().flatten(0, -2)  # (n, I)
+    def see_inputs(self, inputs: Tensor, output: Tensor) -> None:
+        """Takes in inputs (..., I), and keeps the output for its gradient."""
+        x = inputs.detach().flatten(0, -2)  # (n, I)
         if self.real is not None:
             x = x[self.real.repeat(len(x) // len(self.real))]
         if self.origin is None:
@@ -59,48 +60,40 @@ class LinearMoments:
         return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
 
-def linears_behind(site: BlockSite, axes: Sequence[Axis]) -> dict[Axis, str]:
-    """The linears of a block whose inputs an open axis cuts and whose rest is refitted to the stream, by axis.
+def refitted_readers(open_: Sequence[Group]) -> dict[str, Group]:
+    """The linears whose inputs an open group cuts and whose rest is refitted to make up for them, with that group.
 
-    Not proj where whole heads may go, whose order of elimination would be one of heads, nor fc1 behind `mlp_io`, whose
-    channels lose outputs of fc2 as well.
+    Not where whole heads may go as well, whose order of elimination would be one of heads, nor behind `mlp_io`, whose
+    channels lose outputs of fc2 too.
     """
-    found: dict[Axis, str] = {}
-    if "mlp_hidden" in axes:
-        found["mlp_hidden"] = site.fc2
-    if "attn_value" in axes and "heads" not in axes:
-        found["attn_value"] = site.proj
-    return found
+    heads = {group.site for group in open_ if group.axis == "heads"}
+    return {
+        group.readers[0].owner: group
+        for group in open_
+        if group.readers and not group.wide and not (group.axis in PER_HEAD and group.site in heads)
+    }
 
 
 def innovations_of(
-    model: nn.Module,
-    open_axes: Mapping[str, Sequence[Axis]],
-    sites: Sequence[BlockSite],
-    batches: Sequence[Tensor],
-    generator: torch.Generator,
+    model: nn.Module, open_: Sequence[Group], batches: Sequence[Tensor], generator: torch.Generator
 ) -> dict[str, Innovations]:
-    """Those of each linear behind an open axis, by its name; `open_axes` are those of each site.
+    """Those of each reader behind an open group, by its name.
 
     One forward and backward pass over `batches` of images, towards labels drawn from the network's own output. Memory:
     16 bytes for each pair of inputs of a linear, of all linears together.
     """
-    wanted = [(s, axis, name) for s in sites for axis, name in linears_behind(s, open_axes.get(s.name, ())).items()]
+    wanted = refitted_readers(open_)
     if not wanted:
         return {}
-    device = next(model.parameters()).device
-    moments = {
-        name: LinearMoments(linear_at(model, name), _real(model, site, name, batches[0][:1].to(device)))
-        for site, _, name in wanted
-    }
+    image = batches[0][:1].to(next(model.parameters()).device)
+    moments = {name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()}
     _gather_(model, moments, batches, generator)
     found = {}
-    for site, axis, name in wanted:
+    for name, group in wanted.items():
         linear, sums = linear_at(model, name), moments.pop(name)
         # without a bias nothing can make up for the mean of an input that goes
         mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
-        heads = site.heads if axis == "attn_value" else 1
-        order = elimination_order(linear.weight.detach(), covariance, sums.gradients, heads=heads)
+        order = elimination_order(linear.weight.detach(), covariance, sums.gradients, heads=group.heads)
         found[name] = Innovations.of(mean, covariance, order)
     return found
 
@@ -109,22 +102,19 @@ def _gather_(
     model: nn.Module, moments: Mapping[str, LinearMoments], batches: Iterable[Tensor], generator: torch.Generator
 ) -> None:
     device = next(model.parameters()).device
-    hooks = [linear_at(model, name).register_forward_hook(sums.see_inputs) for name, sums in moments.items()]
-    try:
+    with watching(model, {name: sums.see_inputs for name, sums in moments.items()}):
         for batch in batches:
             loss = sampled_loss(model, model(batch.to(device)).float(), generator)
             outputs = [sums.output for sums in moments.values() if sums.output is not None]
             for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, outputs), strict=True):
                 sums.see_gradient(gradient)
                 sums.output = None
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
-def _real(model: nn.Module, site: BlockSite, name: str, image: Tensor) -> Tensor | None:
-    """Which of the tokens of one image that reach a linear are no window padding; None: all."""
-    if name != site.proj or site.attn_tokens == site.tokens:
+def _real(model: nn.Module, group: Group, image: Tensor) -> Tensor | None:
+    """Which of the tokens of one image that reach a reader are no window padding; None: all."""
+    if group.axis not in PER_HEAD or group.stream is None:
         return None
-    return real_tokens(model.get_submodule(site.name), site, input_of(model, site.name, image))
+    real = real_tokens(model, group.stream, group.site, image)
+    return None if real.all() else real

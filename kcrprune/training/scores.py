@@ -1,18 +1,18 @@
 """What each channel is worth before anything is trained: the start of the search, and the whole plan without one.
 
-Letters: B images of a batch, g gates, y labels.
+Letters: B images of a batch, n gates, y labels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kcrprune.families import classifiers
-from kcrprune.method.budget import Scores, channel_macs
+from kcrprune.families import Group, Slot, classifiers
+from kcrprune.method.budget import Scores
+from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
-from kcrprune.surgery.swap import linear_at
 
 
 def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], generator: torch.Generator) -> Scores:
@@ -23,19 +23,15 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     network itself would be zero). A backbone without a head is scored on its features under unit Gaussian noise.
     """
     device = next(model.parameters()).device
-    totals = [torch.zeros_like(gate.logits) for _, _, gate in gates]
-    images = 0
+    total, images = torch.zeros_like(gates.logits), 0
     for batch in batches:
         gates.open_per_image_(len(batch))
-        output = model(batch.to(device))
-        loss = sampled_loss(model, output.float(), generator)
-        gradients = torch.autograd.grad(loss, [gate.value for _, _, gate in gates])
-        for total, gradient in zip(totals, gradients, strict=True):
-            total += gradient.square().sum(0)
+        loss = sampled_loss(model, model(batch.to(device)).float(), generator)
+        [gradient] = torch.autograd.grad(loss, [gates.value])  # (B, n)
+        total += gradient.square().sum(0)
         images += len(batch)
-    for _, _, gate in gates:
-        gate.harden_(torch.ones_like(gate.logits))
-    return _by_site(gates, [total / (2 * max(1, images)) for total in totals])
+    gates.harden_(torch.ones_like(gates.logits))
+    return _scores(gates, total / (2 * max(1, images)))
 
 
 def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,41 +48,52 @@ def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def magnitude_scores(model: nn.Module, gates: Gates) -> Scores:
-    """Squared norm of the weights that a gate would remove; the plain baseline."""
+def magnitude_scores(model: nn.Module, gates: Gates, groups: Sequence[Group]) -> Scores:
+    """Squared norm of the weights that a gate would remove; the plain baseline. `groups` are all of the model."""
+    by_key = {group.key: group for group in groups}
     scores = []
-    for site, axis, _ in gates:
-        qkv = linear_at(model, site.qkv).weight.unflatten(0, (3, site.heads * site.head_dim))
-        proj = linear_at(model, site.proj).weight
-        fc1, fc2 = linear_at(model, site.fc1).weight, linear_at(model, site.fc2).weight
-        value = qkv[2].square().sum(1) + proj.square().sum(0)  # (h * d,)
-        scores.append(
-            {
-                "mlp_io": lambda fc1=fc1, fc2=fc2: fc1.square().sum(0) + fc2.square().sum(1),
-                "mlp_hidden": lambda fc1=fc1, fc2=fc2: fc1.square().sum(1) + fc2.square().sum(0),
-                "attn_query": lambda qkv=qkv: qkv[0].square().sum(1) + qkv[1].square().sum(1),
-                "attn_value": lambda value=value: value,
-                "heads": lambda value=value, site=site: value.view(site.heads, site.head_dim).sum(1),
-            }[axis]()
-        )
-    return _by_site(gates, scores)
+    for group, _ in gates:
+        if group.axis == "heads":
+            scores.append(_magnitudes(model, by_key[group.site, "attn_value"]).view(group.width, -1).sum(1))
+        else:
+            units = [group.channels([unit]) for unit in range(group.units)]
+            by_head = _magnitudes(model, group).view(group.heads, -1)
+            scores.append(torch.stack([by_head[:, list(unit)].sum(1) for unit in units], dim=1).flatten())
+    return _scores(gates, torch.cat(scores))
 
 
-def random_scores(gates: Gates, generator: torch.Generator) -> Scores:
+def _magnitudes(model: nn.Module, group: Group) -> Tensor:
+    """Squared norms of the weights of each channel, (heads * width,)."""
+    linears = [slot for slot in (*group.writers, *group.readers) if _is_linear(model, slot)]
+    total = torch.zeros(group.heads * group.width, device=next(model.parameters()).device)
+    for slot in linears:
+        squares = model.get_submodule(slot.owner).weight.square().sum(1 - slot.dim)  # type: ignore[union-attr,operator]
+        total += squares[slot.start : slot.start + len(total)]
+    return total
+
+
+def _is_linear(model: nn.Module, slot: Slot) -> bool:
+    parent, _, name = slot.owner.rpartition(".")
+    return isinstance(getattr(model.get_submodule(parent), name), nn.Linear)
+
+
+def prices(gates: Gates, cost: MacCost) -> Tensor:
+    """(n,) MACs that each gate holds while everything else is whole."""
+    return torch.cat(
+        [torch.full((part.stop - part.start,), float(cost.channel(group))) for group, part in gates]
+    ).to(gates.logits)
+
+
+def random_scores(gates: Gates, cost: MacCost, generator: torch.Generator) -> Scores:
     """Uniform noise times the channel's cost, so that every axis is cut alike; the humblest baseline."""
-    noise = [torch.rand(gate.logits.shape, generator=generator) for _, _, gate in gates]
-    return _by_site(gates, [x * channel_macs(site, axis) for x, (site, axis, _) in zip(noise, gates, strict=True)])
+    noise = torch.rand(gates.logits.shape, generator=generator)
+    return _scores(gates, noise.to(gates.logits) * prices(gates, cost))
 
 
-def equal_scores(gates: Gates) -> Scores:
+def equal_scores(gates: Gates, cost: MacCost) -> Scores:
     """The same score for each MAC, so that every gate of a search starts undecided, as the paper's do."""
-    return _by_site(
-        gates, [torch.full_like(gate.logits, float(channel_macs(site, axis))) for site, axis, gate in gates]
-    )
+    return _scores(gates, prices(gates, cost))
 
 
-def _by_site(gates: Gates, scores: list[Tensor]) -> Scores:
-    found: dict = {site.name: {} for site in gates.sites}
-    for (site, axis, _), score in zip(gates, scores, strict=True):
-        found[site.name][axis] = gates.shaped(site, axis, score.detach().float().cpu())
-    return found
+def _scores(gates: Gates, flat: Tensor) -> Scores:
+    return gates.by_group(flat.detach().float().cpu())

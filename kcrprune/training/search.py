@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, StepDone
-from kcrprune.method.budget import Scores, channel_macs, expected_macs
+from kcrprune.method.budget import Scores
+from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates, temperature_at
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
+from kcrprune.method.shift import ExpectedMacs
 from kcrprune.training.loop import KernelWatch
+from kcrprune.training.scores import prices
 
 LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
@@ -37,7 +40,7 @@ def search_(
     model: nn.Module,
     gates: Gates,
     scores: Scores,
-    dense_macs: int,
+    cost: MacCost,
     objective: Objective,
     config: RunConfig,
     accelerator: Accelerator,
@@ -53,12 +56,13 @@ def search_(
     `covariance` is that of the dense network's features.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    scale = start_logits_(gates, scores, config.search_spread)
-    shift_to_budget_(gates, dense_macs, config.target_flops)
-    weights = [p for p in model.parameters() if all(p is not logits for logits in gates.parameters())]
+    scale = start_logits_(gates, scores, cost, config.search_spread)
+    expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
+    expected.shift_(gates.logits.data, budget)
+    weights = list(model.parameters())
     for weight in weights:
         weight.requires_grad_(config.search_weight_lr > 0)
-    gate_optimizer = torch.optim.Adam(gates.parameters(), lr=config.search_lr)
+    gate_optimizer = torch.optim.Adam([gates.logits], lr=config.search_lr)
     weight_optimizer = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     history = []
@@ -66,13 +70,14 @@ def search_(
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
         figures: dict[str, float] = {}
         if config.search_weight_lr > 0:
-            gates.sample_(temperature, generator)
+            gates.sample_(temperature, torch.rand(gates.logits.shape, generator=generator))
             moved = _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
             figures = {f"weights_{name}": value for name, value in moved.parts.items()}
-        gates.sample_(temperature, generator)
+        gates.sample_(temperature, torch.rand(gates.logits.shape, generator=generator))
+        before = gates.logits.detach().clone()
         loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
-        shift_to_budget_(gates, dense_macs, config.target_flops)
-        share = float(expected_macs(dense_macs, gates).detach()) / dense_macs
+        expected.shift_(gates.logits.data, budget, 1.01 * (gates.logits.detach() - before).abs().max() + 1e-6, rounds=5)
+        share = float(expected(gates.logits.detach())) / cost.dense
         history.append(
             {"step": step + 1, "temperature": temperature, "expected_macs": share}
             | loss.parts
@@ -82,7 +87,7 @@ def search_(
         listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
     for weight in weights:
         weight.requires_grad_(True)
-    return Searched(learned_scores(gates, scale), history)
+    return Searched(learned_scores(gates, cost, scale), history)
 
 
 def _step_(
@@ -106,43 +111,21 @@ def _step_(
 
 
 @torch.no_grad()
-def start_logits_(gates: Gates, scores: Scores, spread: float) -> float:
+def start_logits_(gates: Gates, scores: Scores, cost: MacCost, spread: float) -> float:
     """Sets the logits to the log of score for a MAC, scaled to a standard deviation of `spread`; returns that scale."""
-    prices = []
-    for site, axis, _ in gates:
-        prices.append(scores[site.name][axis].flatten().log() - torch.tensor(channel_macs(site, axis)).log())
-    everything = torch.cat(prices)
-    finite = everything[everything.isfinite()]  # what an earlier stage has cut is worth nothing
+    price = gates.flat(scores).log() - prices(gates, cost).log()
+    finite = price[price.isfinite()]  # what an earlier stage has cut is worth nothing
     middle, deviation = finite.median(), float(finite.std())
     scale = spread / deviation if deviation > 1e-6 else 1.0  # equal scores have none
-    for price, (_, _, gate) in zip(prices, gates, strict=True):
-        gate.logits.copy_(((price - middle) * scale).clamp(-LIMIT * spread, LIMIT * spread))
+    gates.logits.copy_(((price - middle) * scale).clamp(-LIMIT * spread, LIMIT * spread))
     return scale
 
 
 @torch.no_grad()
-def shift_to_budget_(gates: Gates, dense_macs: int, target: float) -> None:
-    """Adds one constant to all logits, by bisection, so that the expected MACs are `target` of the dense ones."""
-    low, high = -100.0, 100.0
-    originals = [gate.logits.clone() for _, _, gate in gates]
-    for _ in range(50):
-        middle = (low + high) / 2
-        for original, (_, _, gate) in zip(originals, gates, strict=True):
-            gate.logits.copy_(original + middle)
-        if float(expected_macs(dense_macs, gates)) > target * dense_macs:
-            high = middle
-        else:
-            low = middle
-
-
-@torch.no_grad()
-def learned_scores(gates: Gates, scale: float = 1.0) -> Scores:
+def learned_scores(gates: Gates, cost: MacCost, scale: float = 1.0) -> Scores:
     """Logits as scores again: exp(logit / scale) for each MAC of the channel."""
-    found: dict[str, dict] = {site.name: {} for site in gates.sites}
-    for site, axis, gate in gates:
-        score = (gate.logits.double() / scale).exp() * channel_macs(site, axis)
-        found[site.name][axis] = gates.shaped(site, axis, score).cpu()
-    return found
+    flat = (gates.logits.double() / scale).exp() * prices(gates, cost).double()
+    return gates.by_group(flat.cpu())
 
 
-__all__ = ["Searched", "learned_scores", "search_", "shift_to_budget_", "start_logits_"]
+__all__ = ["Searched", "learned_scores", "search_", "start_logits_"]

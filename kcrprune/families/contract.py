@@ -1,0 +1,173 @@
+"""The contract of whatever may be cut: groups of coupled channels, and where they lie in the tensors of a network.
+
+A group lives inside one branch module (an MLP, an attention); a rule, keyed by the exact class of that module, says
+where its channels lie in the tensors that write them and in those that read them. Gates, cut, cost, balance and refit
+are derived from that. No rule speaks of the residual stream, which keeps its width.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor, nn
+
+from kcrprune.plan import Axis
+
+Key = tuple[str, Axis]  # site and axis: what a width is decided for
+Tie = Literal["", "neighbours", "halves"]
+Basis = Literal["free", "orthogonal", "fixed"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the channels of a group lie in one dimension of one owner: channel c of head h at start + h * stride + c.
+
+    The owner is a module with a weight (a linear, a norm; its bias goes with dimension 0) or a bare parameter or buffer.
+    """
+
+    owner: str  # dotted name
+    dim: int
+    start: int = 0
+    stride: int = 0
+
+    def below(self, site: str) -> "Slot":
+        """The same slot with its owner's name inside a site."""
+        return replace(self, owner=f"{site}.{self.owner}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that stay or go together: `heads` x `width`, one head for an MLP.
+
+    The axis `heads` is a group of its own, whose channels are the heads of the other groups at its site.
+    """
+
+    site: str  # the branch module
+    axis: Axis
+    heads: int
+    width: int
+    writers: tuple[Slot, ...] = ()  # of a group without readers the first half writes q, the second k
+    readers: tuple[Slot, ...] = ()  # none: the product of the two halves of the writers is the reader
+    per_head: tuple[Slot, ...] = ()  # one entry a head: bias tables, temperatures
+    tie: Tie = ""  # channels that go in pairs: 2i with 2i + 1, or i with i + width / 2
+    norm: str | None = None  # a norm over the channels between writers and readers
+    basis: Basis = "free"  # the changes of basis inside a head that leave the network unchanged
+    stream: str | None = None  # the module whose input is the stream that the branch is added to
+    behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
+    scale: str | None = None  # LayerScale between the branch and that stream
+    wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
+    whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
+
+    @property
+    def key(self) -> Key:
+        """What identifies the group in a network."""
+        return self.site, self.axis
+
+    @property
+    def block(self) -> str:
+        """The module around the branch, which users know as the block."""
+        return self.site.rpartition(".")[0]
+
+    @property
+    def span(self) -> int:
+        """Channels that one gate holds."""
+        return 2 if self.tie else 1
+
+    @property
+    def units(self) -> int:
+        """Gates of a head."""
+        return self.width // self.span
+
+    def channels(self, units: Iterable[int]) -> tuple[int, ...]:
+        """The channels of some units of a head, ascending."""
+        if self.tie == "neighbours":
+            return tuple(sorted(channel for unit in units for channel in (2 * unit, 2 * unit + 1)))
+        if self.tie == "halves":
+            return tuple(sorted(channel for unit in units for channel in (unit, unit + self.units)))
+        return tuple(sorted(units))
+
+    def spread(self, units: Tensor) -> Tensor:
+        """Values (..., heads * units) of the units as values (..., heads * width) of their channels."""
+        if not self.tie:
+            return units
+        by_head = units.unflatten(-1, (self.heads, self.units))
+        if self.tie == "neighbours":
+            return by_head.repeat_interleave(2, dim=-1).flatten(-2)
+        return by_head.repeat(*(1,) * (by_head.ndim - 1), 2).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
+
+    `behind` is the norm of the next branch; '' where the block ends with this one.
+    """
+
+    norm: str
+    scale: str = ""
+    behind: str = ""
+
+
+Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
+    """The module, parameter or buffer of that name."""
+    parent, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(parent), last)
+
+
+def find_groups(
+    model: nn.Module, rules: Mapping[type, Rule], blocks: Mapping[type, Mapping[str, Branch]]
+) -> tuple[Group, ...]:
+    """Every group of a network, by the exact class of each of its modules; `blocks` knows what lies around branches."""
+    found: list[Group] = []
+    for name, module in model.named_modules():
+        if rule := rules.get(type(module)):
+            found += (_placed(model, group, blocks) for group in rule(name, module))
+    return tuple(group for group in found if group.stream or not group.wide)
+
+
+def _placed(model: nn.Module, group: Group, blocks: Mapping[type, Mapping[str, Branch]]) -> Group:
+    """A group with what the block around its branch says of the stream."""
+    block = model.get_submodule(group.block)
+    branch = blocks.get(type(block), {}).get(group.site.rpartition(".")[2])
+    if branch is None:
+        return group
+    scaled = branch.scale and not isinstance(getattr(block, branch.scale, None), nn.Identity | None)
+    return replace(
+        group,
+        stream=f"{group.block}.{branch.norm}",
+        behind=f"{group.block}.{branch.behind}" if branch.behind else None,
+        scale=f"{group.block}.{branch.scale}" if scaled else None,
+    )
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What may be cut of one network, and what one image meets there.
+
+    `positions` counts the rows (tokens, windows' padding included) that pass each owner of a weight, `pairs` the pairs
+    of tokens of each attention, both for one image.
+    """
+
+    groups: tuple[Group, ...]  # in the order of the forward pass
+    positions: Mapping[str, int]
+    pairs: Mapping[str, int]
+
+    @cached_property
+    def by_key(self) -> dict[Key, Group]:
+        """The groups by site and axis."""
+        return {group.key: group for group in self.groups}
+
+    @cached_property
+    def sites(self) -> dict[str, tuple[Group, ...]]:
+        """The groups of each branch module."""
+        return {site: tuple(g for g in self.groups if g.site == site) for site in dict.fromkeys(g.site for g in self.groups)}
+
+    @cached_property
+    def blocks(self) -> dict[str, tuple[Group, ...]]:
+        """The groups of each block."""
+        names = dict.fromkeys(group.block for group in self.groups)
+        return {name: tuple(group for group in self.groups if group.block == name) for name in names}

@@ -1,0 +1,110 @@
+"""The one attention of blocks that are gated or cut: widths of its own, a gate on q and k, one place where heads meet.
+
+Each attention class of a family adds how q, k and v are made and what biases the scores (see attentions); its children,
+parameters and state-dict keys are those of the dense attention.
+
+Letters: N tokens, h heads, d channels of a head.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SlimAttention(nn.Module):
+    """What a slim attention adds to its dense class; made from a dense one by `of`, never by its own constructor."""
+
+    pad: ClassVar[bool] = True  # bring q, k and v to one width for the kernel; see `kept_widths`
+
+    num_heads: int
+    scale: float  # the dense softmax's, whatever is cut
+    attn_drop: nn.Dropout
+    proj: nn.Linear
+    proj_drop: nn.Module
+    query_dim: int
+    value_dim: int
+    kept_heads: tuple[int, ...]  # of the dense ones
+    channels: Tensor | None  # (h, query_dim) the dense channels of q and k; None: all
+    query_gate: Callable[[], Tensor] | None  # (h * query_dim,), or one for each image in a first dimension
+
+    @classmethod
+    def of(cls, dense: nn.Module) -> Self:
+        """A slim attention that shares the parts of a dense one and computes the same."""
+        slim = copy.copy(dense)
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            slim.__dict__[shared] = copy.copy(dense.__dict__[shared])
+        slim.__class__ = cls
+        slim.query_dim = slim.value_dim = slim.proj.in_features // slim.num_heads
+        slim.kept_heads, slim.query_gate = tuple(range(slim.num_heads)), None
+        slim.register_buffer("channels", None, persistent=False)
+        return slim
+
+    def narrow_(self, heads: Sequence[int], query: Sequence[Sequence[int]], value_dim: int) -> None:
+        """Takes note of what was kept: the channels of q and k of each head, and how many of v."""
+        self.kept_heads = tuple(heads)
+        self.num_heads, self.query_dim, self.value_dim = len(heads), len(query[0]), value_dim
+        self.channels = torch.tensor(query, device=self.proj.weight.device)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, N, h * d) to (B, h, N, d)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """(B, N, h * (2 query_dim + value_dim)) to q, k and v, each (B, h, N, d)."""
+        query, value = self.num_heads * self.query_dim, self.num_heads * self.value_dim
+        return [self.by_head(part) for part in qkv.split([query, query, value], dim=-1)]
+
+    def opened(self) -> Tensor | None:
+        """The gate of q and k as (h, 1, query_dim), or (images, h, 1, query_dim); None: open."""
+        return None if self.query_gate is None else self.query_gate().unflatten(-1, (self.num_heads, -1)).unsqueeze(-2)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """x (B, h, N, query_dim) times the gate of q and k; an image's windows lie in adjacent rows."""
+        gate = self.opened()
+        if gate is None:
+            return x
+        if gate.ndim == 4:
+            gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
+        return x * gate.to(x.dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **causal: Any) -> Tensor:
+        """Softmax attention over (B, h, N, d) as (B, N, h * value_dim), with the dense scale."""
+        q = self.gated(q)
+        dropout = self.attn_drop.p if self.training else 0.0
+        width = max(self.query_dim, self.value_dim) if self._pads() else 0
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale, **causal)
+        return x[..., : self.value_dim].transpose(1, 2).flatten(2)
+
+    def _pads(self) -> bool:
+        """Whether one width is better: a kernel of two widths falls back to plain products (CPU and GPU alike)."""
+        return self.pad and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+
+    def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention inside windows (B * windows, h, N, d) with bias (h, N, N) and mask (windows, N, N)."""
+        q = self.gated(q)
+        scores = q @ k.transpose(-2, -1) + bias
+        if mask is not None:
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        x = self.attn_drop(scores.softmax(dim=-1)) @ v
+        return x.transpose(1, 2).flatten(2)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The branch's output from (B, N, h * value_dim)."""
+        return self.proj_drop(self.proj(x))
+
+
+@contextmanager
+def kept_widths() -> Iterator[None]:
+    """Attention computes on the widths that were kept, without padding: where MACs are counted, and in graphs."""
+    before = SlimAttention.pad
+    SlimAttention.pad = False
+    try:
+        yield
+    finally:
+        SlimAttention.pad = before

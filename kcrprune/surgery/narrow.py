@@ -1,0 +1,225 @@
+"""Dense to pruned and back: matrices shrink as a plan says, by one map of indices over the slots of all groups.
+
+No mask remains in a pruned network. Written back into dense shape it computes the same, and can be scored and cut again.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.errors import PlanMismatchError
+from kcrprune.families import SLIM, Group, Slot, groups_of, owner_of
+from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
+from kcrprune.surgery.norm import GatedNorm
+from kcrprune.surgery.swap import linear_at, swap_
+
+IndexMap = dict[str, dict[int, list[int]]]  # of each tensor that a plan cuts: what it keeps of each dimension
+
+
+class GatherLinear(nn.Linear):
+    """A linear over some channels of its input; `index` (I,) says which."""
+
+    index: Tensor
+
+    def __init__(self, linear: nn.Linear, index: Sequence[int]) -> None:
+        super().__init__(len(index), linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("index", torch.tensor(index, device=linear.weight.device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) to (..., out)."""
+        return super().forward(input.index_select(-1, self.index))
+
+
+class ScatterLinear(nn.Linear):
+    """A linear that writes some channels of its output and zero to the others.
+
+    `index` (D,) names for every output channel the row that writes it, or I for none: the rows are padded by one
+    zero channel and gathered, so that an exported graph has a Gather and no Scatter.
+    """
+
+    index: Tensor
+
+    def __init__(self, linear: nn.Linear, rows: Sequence[int], width: int) -> None:
+        super().__init__(linear.in_features, len(rows), linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        index = torch.full((width,), len(rows), device=linear.weight.device)
+        index[list(rows)] = torch.arange(len(rows), device=index.device)
+        self.register_buffer("index", index)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., D)."""
+        rows = super().forward(input)  # (..., I)
+        return nn.functional.pad(rows, (0, 1)).index_select(-1, self.index)
+
+
+def full_plan(model: nn.Module, architecture: str | None) -> ChannelPlan:
+    """The plan that keeps everything of a dense model."""
+    groups = tuple(keep_all(group) for group in groups_of(model) if group.axis != "heads")
+    return ChannelPlan(architecture=architecture, groups=groups)
+
+
+def keep_all(group: Group) -> Kept:
+    """The entry of a plan that leaves a group whole."""
+    every = tuple(range(group.width))
+    heads = tuple(range(group.heads))
+    return Kept(
+        site=group.site,
+        axis=group.axis,
+        heads=group.heads,
+        width=group.width,
+        kept_heads=heads,
+        channels=(every,) * len(heads),
+    )
+
+
+def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """Cuts a dense model down to a plan, in place, and returns it.
+
+    PlanMismatchError where the plan was made for other groups or widths; the model is then untouched.
+    """
+    groups = groups_of(model)
+    _check(groups, plan)
+    entries = {kept.key: kept for kept in plan.groups}
+    index = index_map(model, groups, plan)
+    for site in dict.fromkeys(group.site for group in groups if group.axis == "heads"):
+        query, value = (entries[site, axis] for axis in PER_HEAD)
+        if not (query.is_all and value.is_all):
+            slim = SLIM[type(model.get_submodule(site))].of(model.get_submodule(site))
+            slim.narrow_(query.kept_heads, query.channels, value.kept_width)
+            swap_(model, site, slim)
+    for name, dims in index.items():
+        _shrink_(model, name, dims)
+    for group in groups:
+        if group.wide and not entries[group.key].is_all:
+            _index_(model, group, entries[group.key].channels[0])
+    return model
+
+
+def expand_(model: nn.Module, pruned: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """Makes the dense-shaped `model` compute what `pruned` computes; both came from the same network.
+
+    What was cut is zero there, and closed in a norm over it.
+    """
+    groups = groups_of(model)
+    index = index_map(model, groups, plan)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, value in pruned.state_dict().items():
+            if name in index:
+                _scatter_(own[name], value, index[name])
+            elif name in own:
+                own[name].copy_(value)
+    for group in groups:
+        dims = index.get(f"{group.norm}.weight") if group.norm else None
+        if group.norm and dims:
+            norm = model.get_submodule(group.norm)
+            open_ = torch.zeros_like(norm.weight)  # type: ignore[arg-type]
+            open_[dims[0]] = 1
+            swap_(model, group.norm, GatedNorm(norm, open=open_.detach()))
+    return model
+
+
+def index_map(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> IndexMap:
+    """What a plan keeps of every tensor that it cuts, by the tensor's name in the model."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    entries = {kept.key: kept for kept in plan.groups}
+
+    def leave_out(slot: Slot, lost: set[int]) -> None:
+        for name in _tensors(model, slot) if lost else ():
+            gone.setdefault(name, {}).setdefault(slot.dim, set()).update(lost)
+
+    for group in groups:
+        if group.axis == "heads":
+            heads = set(range(group.width)) - set(entries[group.site, "attn_value"].kept_heads)
+            for slot in group.per_head:
+                leave_out(slot, {slot.start + head for head in heads})
+            continue
+        kept = entries[group.key]
+        for slot in (*group.writers, *group.readers):
+            leave_out(slot, positions(slot, keep_all(group)) - positions(slot, kept))
+    sizes = {name: owner_of(model, name).shape for name in gone}  # type: ignore[union-attr]
+    return {
+        name: {dim: [i for i in range(sizes[name][dim]) if i not in lost] for dim, lost in dims.items()}
+        for name, dims in gone.items()
+    }
+
+
+def positions(slot: Slot, kept: Kept) -> set[int]:
+    """Where the kept channels lie in a slot."""
+    return {
+        slot.start + head * slot.stride + channel
+        for head, channels in zip(kept.kept_heads, kept.channels, strict=True)
+        for channel in channels
+    }
+
+
+def _tensors(model: nn.Module, slot: Slot) -> list[str]:
+    """The tensors of a slot's owner that have its dimension: of rows the bias too."""
+    owner = owner_of(model, slot.owner)
+    if isinstance(owner, Tensor):
+        return [slot.owner]
+    own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+    return [f"{slot.owner}.{name}" for name, tensor in own if name != "index" and tensor.ndim > slot.dim]
+
+
+def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
+    own = {group.key: (group.heads, group.width) for group in groups if group.axis != "heads"}
+    planned = {kept.key: (kept.heads, kept.width) for kept in plan.groups}
+    of = f"the plan was made for {plan.architecture!r}" if plan.architecture else "the plan was made for another network"
+    if own.keys() != planned.keys():
+        sites, theirs = (len({site for site, _ in keys}) for keys in (own, planned))
+        raise PlanMismatchError(f"{of}, which has {theirs} parts that can be cut; this network has {sites}, or others")
+    for key, sizes in own.items():
+        if planned[key] != sizes:
+            raise PlanMismatchError(
+                f"{of}: {key[1]} of {key[0]!r} has {planned[key][0]} x {planned[key][1]} channels there, and "
+                f"{sizes[0]} x {sizes[1]} here"
+            )
+    for group in groups:
+        if group.axis != "heads":
+            _check_entry(group, next(kept for kept in plan.groups if kept.key == group.key))
+
+
+def _check_entry(group: Group, kept: Kept) -> None:
+    """PlanMismatchError where what must stay or go together does not."""
+    whole = all(len(channels) == group.width for channels in kept.channels)
+    paired = all(group.channels(_units(group, channels)) == channels for channels in kept.channels)
+    if (group.whole and not whole) or not paired:
+        raise PlanMismatchError(f"{group.axis} of {group.site!r}: the plan parts channels that cannot be parted")
+
+
+def _units(group: Group, channels: Sequence[int]) -> list[int]:
+    if not group.tie:
+        return list(channels)
+    return sorted({channel // 2 if group.tie == "neighbours" else channel % group.units for channel in channels})
+
+
+def _shrink_(model: nn.Module, name: str, dims: Mapping[int, list[int]]) -> None:
+    """Leaves of one tensor what is kept, and tells its module."""
+    module_name, _, key = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    tensor = getattr(module, key)
+    kept = tensor.detach()
+    for dim, index in dims.items():
+        kept = kept.index_select(dim, torch.tensor(index, device=kept.device))
+    setattr(module, key, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):
+        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+
+
+def _index_(model: nn.Module, group: Group, kept: Sequence[int]) -> None:
+    """Lets the readers of the stream gather their channels, and the writers scatter theirs."""
+    for slot in group.readers:
+        swap_(model, slot.owner, GatherLinear(linear_at(model, slot.owner), kept))
+    for slot in group.writers:
+        swap_(model, slot.owner, ScatterLinear(linear_at(model, slot.owner), kept, group.width))
+
+
+def _scatter_(whole: Tensor, part: Tensor, dims: Mapping[int, list[int]]) -> None:
+    index = [torch.tensor(dims.get(dim, range(size)), device=whole.device) for dim, size in enumerate(whole.shape)]
+    whole.zero_()
+    whole[torch.meshgrid(*index, indexing="ij")] = part

@@ -1,0 +1,132 @@
+"""Parts of a network by themselves: its blocks one after the other, and what a module inside one of them sees."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.errors import UnsupportedModelError
+from kcrprune.families.observed import Reached, watching
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block on the way of the stream through a network.
+
+    `entry` are the modules between the block before and this one. What a block is handed beside the stream (rotary
+    positions, masks) is taken from one pass, since it does not depend on the images.
+    """
+
+    block: str
+    entry: tuple[str, ...]
+    extras: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+class Block(nn.Module):
+    """A block with what it is handed beside the stream, so that a stream (B, ..., D) is all it takes."""
+
+    def __init__(self, inside: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.inside = inside
+        self.step = step
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """The stream behind the block."""
+        return self.inside(stream, *self.step.extras, **self.step.keywords)
+
+
+@torch.no_grad()
+def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
+    """How the stream passes the blocks, seen in one pass over `images`.
+
+    UnsupportedModelError where it reaches a block by more than modules in a row.
+    """
+    calls: list[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]] = []  # in the order of their ends
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda module, inputs, keywords, output: calls.append((name, inputs, keywords, output))
+
+    inside = tuple(f"{block}." for block in blocks)
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    hooks = [model.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in names]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(_steps(calls, blocks))
+
+
+def _steps(calls: Sequence[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]], blocks: Sequence[str]) -> list[Step]:
+    made_by = {id(output): (name, inputs) for name, inputs, _, output in calls if name not in blocks}
+    steps: list[Step] = []
+    previous: Any = None
+    for name, inputs, keywords, output in calls:
+        if name not in blocks:
+            continue
+        entry: list[str] = []
+        stream = inputs[0]
+        while steps and stream is not previous:
+            if id(stream) not in made_by or len(entry) > len(calls):
+                raise UnsupportedModelError(f"the way of the stream from {steps[-1].block} to {name} is not understood")
+            module, (stream, *_) = made_by[id(stream)]
+            entry.insert(0, module)
+        steps.append(Step(name, tuple(entry), inputs[1:], keywords))
+        previous = output
+    return steps
+
+
+@torch.no_grad()
+def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+    """What the module `name` receives when `model` runs on the inputs; the rest of the pass is skipped."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        model(*inputs)
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def read_by(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+    """What the linear `name` multiplies its weight by when `model` runs; the rest of the pass is skipped."""
+    seen: list[Tensor] = []
+
+    def stop(read: Tensor, put: Tensor) -> None:
+        seen.append(read)
+        raise Reached
+
+    try:
+        with watching(model, {name: stop}):
+            model(*inputs)
+    except Reached:
+        pass
+    return seen[0]
+
+
+def as_branch_sees(model: nn.Module, norm: str, site: str, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a branch behind a norm sees (windowed, shifted, padded with zeros) of something in the shape of the stream.
+
+    `of(stream)` makes it from the stream at that norm, when `model` runs on x.
+    """
+    hook = model.get_submodule(norm).register_forward_hook(lambda module, inputs, output: of(inputs[0]))
+    try:
+        return input_of(model, site, x)
+    finally:
+        hook.remove()
+
+
+def real_tokens(model: nn.Module, norm: str, site: str, x: Tensor) -> Tensor:
+    """Which of the tokens that a branch sees, flattened over images and windows, are no padding of windows."""
+    return as_branch_sees(model, norm, site, x, torch.ones_like).flatten(0, -2)[:, 0] > 0
