@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kcrprune
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.families import build, classifiers
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.objective import logit_distance

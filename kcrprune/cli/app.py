@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from kcrprune import __version__
 from kcrprune.cli import commands, render
 from kcrprune.cli.options import GroupedCommand, OnnxCommand
 from kcrprune.errors import KcrPruneError
+from kcrprune.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kcrprune.artifact.checkpoint import open_model, save_model
-from kcrprune.artifact.formats import Opened
+from kcrprune.artifact.artifact import open_model, save_model
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, ConfigError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from kcrprune import __version__
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.version import __version__
 
 RUNS = Path("kcrprune-runs")
 MODEL, RECORD = "model.safetensors", "run.json"

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import kcrprune
 from kcrprune import pipeline
-from kcrprune.artifact.checkpoint import open_model, save_model
+from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import BudgetError, CheckpointError, ConfigError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
