@@ -14,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from kcrprune.config import RunConfig
@@ -80,18 +81,7 @@ def newest_model(below: Path) -> Path:
 
 def to_toml(config: RunConfig) -> str:
     """A configuration as the TOML file that repeats it; options that are unset are left out."""
-    values = config.model_dump(mode="json", exclude_none=True)
-    return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    return repr(value)
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def machine_record() -> dict[str, Any]:
