@@ -108,6 +108,11 @@ def test_the_package_and_its_command_line_load_nothing_heavy():
     assert not HEAVY & set(loaded.split())
 
 
+def test_every_module_loads_on_windows_which_has_no_resource():
+    code = f"import sys; sys.modules['resource'] = None; import {', '.join(sorted(NAMES))}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
 def test_files_and_functions_stay_small():
     sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in MODULES}
     long = [name for name, source in sources.items() if source.count("\n") > LONGEST_FILE]

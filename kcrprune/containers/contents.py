@@ -1,6 +1,5 @@
 """What was found in a file, before any weight is read: named tensors by shape, and what the file says about them."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -68,7 +67,9 @@ def read_all(refs: Mapping[str, TensorRef], limit: int, path: Path) -> dict[str,
 
 def check_memory(needed: int, path: Path) -> None:
     """CheckpointError where `needed` bytes are more than this machine has."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    import psutil  # has modules of the system itself, which differ
+
+    available = psutil.virtual_memory().total
     if needed > available:
         raise CheckpointError(
             f"{path} needs {needed / 2**30:.1f} GB of memory, this machine has {available / 2**30:.1f}"

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -102,8 +101,13 @@ def machine_record() -> dict[str, Any]:
 
 def peak_memory_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if platform.system() == "Darwin" else 1024)
+    if platform.system() == "Windows":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    from resource import RUSAGE_SELF, getrusage  # not on Windows; elsewhere psutil tells no peak
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def write_json(path: Path, data: Any) -> None:
