@@ -16,15 +16,15 @@ from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import Listener, ignore
 from kcrprune.plan import ChannelPlan
+from kcrprune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from kcrprune.artifact.onnx import ExportResult
+    from kcrprune.graphs import ExportResult
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import RunResult
 
-__version__ = "0.1.0"
 __all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report"]
 
 AnyPath = str | PathLike[str]
@@ -51,7 +51,7 @@ def compress(
 
 def load(path: AnyPath) -> "nn.Module":
     """The network in a run's folder or a checkpoint: a plain module on the CPU, in eval mode."""
-    from kcrprune.artifact.checkpoint import open_model
+    from kcrprune.artifact.artifact import open_model
 
     return open_model(Path(path)).model
 

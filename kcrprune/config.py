@@ -33,7 +33,8 @@ SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
     "refit": ("refit_ridge",),
     "reconstruct_epochs": ("reconstruct_lr",),
 }  # fmt: skip
-Scores = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
+RENAMED: Final = {"scores": "ranking", "stages": "tighten_steps"}  # old names of settings
+Ranking = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
 
 class RunConfig(Frozen):
@@ -96,7 +97,7 @@ class RunConfig(Frozen):
     crop_pct: PositiveFloat | None = Field(default=None, description="Share of the resized image that the crop keeps.")
 
     # before and after the cut
-    scores: Scores = Field(
+    ranking: Ranking = Field(
         default="auto", description="What ranks the channels; auto is innovation with a refit, fisher without."
     )
     balance: bool = Field(default=True, description="Rotate each head to its balanced basis first.")
@@ -110,8 +111,8 @@ class RunConfig(Frozen):
     )
     reconstruct_lr: PositiveFloat = Field(default=3e-4, description="Learning rate of the reconstruction.")
 
-    stages: PositiveInt = Field(
-        default=1, description="Stages in which the budget tightens; each scores, cuts and refits."
+    tighten_steps: PositiveInt = Field(
+        default=1, description="Steps in which the budget tightens; each scores, cuts and refits."
     )
 
     # search and recovery
@@ -165,10 +166,10 @@ class RunConfig(Frozen):
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
 
     @property
-    def ranking(self) -> Scores:
+    def ranked_by(self) -> Ranking:
         """What ranks the channels, `auto` resolved."""
-        if self.scores != "auto":
-            return self.scores
+        if self.ranking != "auto":
+            return self.ranking
         return "innovation" if self.refit else "fisher"
 
     def without_effect(self) -> dict[str, str]:
@@ -188,14 +189,14 @@ class RunConfig(Frozen):
             raise ValueError("axes: name at least one axis, and each once")
         if self.temperature_floor > self.temperature:
             raise ValueError(f"temperature_floor {self.temperature_floor} is above temperature {self.temperature}")
-        if self.scores == "innovation" and not self.refit:
-            raise ValueError("scores innovation price what a refit makes up for, and refit is off; choose fisher")
+        if self.ranking == "innovation" and not self.refit:
+            raise ValueError("ranking innovation prices what a refit makes up for, and refit is off; choose fisher")
         if self.reconstruct_epochs > 0 and not self.refit:
             raise ValueError("reconstruct_epochs train blocks on from their refit, and refit is off; give 0")
-        if self.scores == "equal" and self.stages > 1:
-            raise ValueError("stages cut by the scores before a search, and scores equal rank nothing; give stages 1")
-        if self.scores == "equal" and self.search_steps == 0:
-            raise ValueError("scores equal rank nothing by themselves; give search_steps, or choose other scores")
+        if self.ranking == "equal" and self.tighten_steps > 1:
+            raise ValueError("tighten_steps cut before a search, and ranking equal ranks nothing; give tighten_steps 1")
+        if self.ranking == "equal" and self.search_steps == 0:
+            raise ValueError("ranking equal ranks nothing by itself; give search_steps, or choose another ranking")
         return self
 
 
@@ -236,7 +237,7 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     name = str(first["loc"][0])
     where = "" if file is None or name in flags else f"{file}: "
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(name, RunConfig.model_fields)
+        near = [RENAMED[name]] if name in RENAMED else get_close_matches(name, RunConfig.model_fields)
         hint = f"did you mean {' or '.join(near)}?" if near else "`kcrprune compress --help` lists them all"
         return f"{where}there is no option {name!r}; {hint}"
     meaning = (RunConfig.model_fields[name].description or "").rstrip(".")

@@ -150,7 +150,8 @@ def _upgraded(block: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {"site": attention, "heads": heads["width"], "kept_heads": heads["indices"]}
     return [
         *(
-            shared | {"axis": axis, "width": block[axis][0]["width"], "channels": [kept["indices"] for kept in block[axis]]}
+            shared
+            | {"axis": axis, "width": block[axis][0]["width"], "channels": [kept["indices"] for kept in block[axis]]}
             for axis in ("attn_query", "attn_value")
         ),
         *(

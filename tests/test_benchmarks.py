@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import kcrprune
-from kcrprune.artifact.checkpoint import save_model
+from kcrprune.artifact.artifact import save_model
 from kcrprune.plan import BlockPlan, ChannelPlan, Kept, Preprocessing
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -96,7 +96,7 @@ def test_another_file_than_the_published_one_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["deit", "swin", "tiny_vit"])
 def test_committed_weights_are_a_network_that_inspect_knows(name):
-    from kcrprune.artifact.checkpoint import open_model
+    from kcrprune.artifact.artifact import open_model
 
     opened = open_model(FOLDER / "weights" / f"{name}_cifar10.safetensors")
     assert opened.preprocessing.input_size == (3, 32, 32)

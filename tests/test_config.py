@@ -53,6 +53,8 @@ def test_every_recipe_file_is_listed():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ('scores = "fisher"', ["run.toml", "'scores'", "did you mean ranking?"]),
+        ("stages = 2", ["'stages'", "did you mean tighten_steps?"]),
         ("target_flop = 0.5", ["run.toml", "'target_flop'", "did you mean target_flops?"]),
         ("zzzz = 1", ["'zzzz'", "--help"]),
         (
@@ -63,7 +65,10 @@ def test_every_recipe_file_is_listed():
         ("axes = []", ["axes: name at least one axis"]),
         ("temperature = 0.1", ["temperature_floor 0.3 is above temperature 0.1"]),
         ("lr = inf", ["lr = inf", "finite"]),
-        ('scores = "equal"\nstages = 2\nsearch_steps = 3', ["scores equal rank nothing; give stages 1"]),
+        (
+            'ranking = "equal"\ntighten_steps = 2\nsearch_steps = 3',
+            ["ranking equal ranks nothing; give tighten_steps 1"],
+        ),
         ('device = "gpu"', ["device = 'gpu'", "cuda:N"]),
         ('recipe = "papr"', ["no recipe 'papr'", "paper"]),
         ("axes = [", ["run.toml", "not a TOML file"]),
@@ -103,7 +108,7 @@ def test_a_configuration_survives_toml(toml):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_sets_nothing_that_it_turns_off_and_a_flag_that_does_is_found(recipe):
     assert load_config(recipe).without_effect() == {}
-    off = {"search_steps": 0, "recover_steps": 0, "scores": "auto"}
+    off = {"search_steps": 0, "recover_steps": 0, "ranking": "auto"}
     flags = {"search_lr": 0.123, "lr": 0.456, "target_flops": 0.5, "reconstruct_lr": 0.1}
     expected = {"search_lr": "search_steps = 0", "lr": "recover_steps = 0"}
     found = load_config(recipe, None, off | flags).without_effect()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kcrprune.artifact.checkpoint import save_model
+from kcrprune.artifact.artifact import save_model
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.pruned import apply_plan_
 from tests.conftest import TINY, random_plan

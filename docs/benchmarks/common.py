@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kcrprune import __version__
+from kcrprune.version import __version__
 
 WEIGHTS = Path(__file__).parent / "weights"
 LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")

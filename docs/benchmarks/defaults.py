@@ -28,10 +28,10 @@ TEST_IMAGES = 2000  # top-1 is measured on the first of them
 log = logging.getLogger("defaults")
 PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "plan": {
-        "scores": ("innovation", "fisher", "magnitude", "random"),
+        "ranking": ("innovation", "fisher", "magnitude", "random"),
         "balance": (True, False),
         "refit": (True, False),
-        "stages": (1, 2, 3),
+        "tighten_steps": (1, 2, 3),
         "score_images": (128, 256, 512, 1024),
         "calibration_images": (256, 512, 1024, 2048, 4096),
         "refit_ridge": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
@@ -150,7 +150,7 @@ def table(part: str, found: Mapping[tuple[str, Any], list[dict[str, Any]]]) -> s
     ]
     for (option, value), rows in found.items():
         standard = {**{k: f.default for k, f in RunConfig.model_fields.items()}, **FIXED[part]}[option]
-        if option == "scores" and value == "innovation":  # what `auto` is here
+        if option == "ranking" and value == "innovation":  # what `auto` is here
             standard = value
         plan = "search" if part == "search" and "search" in rows[0]["distance"] else "scores"
         distance = f"{statistics.mean(row['distance'][plan] for row in rows):.3g}"

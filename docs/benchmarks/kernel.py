@@ -33,7 +33,7 @@ from common import WEIGHTS, machine_facts
 from images import load_images, normalised
 from torch import Tensor, nn
 
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig
 from kcrprune.families import FeatureTap, sites
 from kcrprune.measure.macs import count_macs

@@ -30,8 +30,8 @@ from kernel_tables import GRID, SPLIT, Cell, Row, row_from, to_markdown
 from peers import same_protocol, write_json
 
 import kcrprune
-from kcrprune.artifact.atomic import write_atomically
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
+from kcrprune.atomic import write_atomically
 from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.pipeline.describe import class_count

@@ -30,7 +30,7 @@ from peers import same_protocol, write_json
 from torch import Tensor, nn
 
 import kcrprune
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.families import FeatureTap

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kcrprune
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.families import build, classifiers
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.objective import logit_distance
@@ -305,8 +305,8 @@ def _attention_as_in_(model: nn.Module, dense: nn.Module) -> nn.Module:
 METHODS: Final[dict[str, Method]] = {
     "kcrprune-no-train": partial(ours, search_steps=0),
     "kcrprune-search": partial(ours, search_steps=60),
-    "magnitude": partial(ours, scores="magnitude", balance=False, refit=False, search_steps=0),
-    "random": partial(ours, scores="random", balance=False, refit=False, search_steps=0),
+    "magnitude": partial(ours, ranking="magnitude", balance=False, refit=False, search_steps=0),
+    "random": partial(ours, ranking="random", balance=False, refit=False, search_steps=0),
     "tp-uniform-l2": partial(torch_pruning, inner=False, taylor=False),
     "tp-bottleneck-l2": partial(torch_pruning, inner=True, taylor=False),
     "tp-bottleneck-taylor": partial(torch_pruning, inner=True, taylor=True),

@@ -18,11 +18,11 @@ from peer_table import DENSE, Protocol, Recovery, Row
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kcrprune.artifact.atomic import write_atomically
-from kcrprune.artifact.onnx import export_onnx, open_onnx
+from kcrprune.atomic import write_atomically
 from kcrprune.config import RunConfig
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import ignore
+from kcrprune.graphs import export_onnx, open_onnx
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
 from kcrprune.pipeline.run import Run

@@ -32,7 +32,7 @@ import fetch
 from common import WEIGHTS, first_images, machine_facts
 from peer_table import DENSE, Protocol, Row, ordered, row_from, to_markdown
 
-from kcrprune.artifact.atomic import write_atomically
+from kcrprune.atomic import write_atomically
 
 METHODS = (
     "kcrprune-no-train", "kcrprune-search", "magnitude", "random", "tp-uniform-l2", "tp-bottleneck-l2",

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 import kcrprune
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.config import load_config
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide

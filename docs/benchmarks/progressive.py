@@ -2,7 +2,7 @@
 
     python docs/benchmarks/progressive.py --cache CACHE --out RESULTS [--network deit]
 
-For every seed three runs without recovery: the default (one stage, scores alone), the option `stages` (each stage
+For every seed three runs without recovery: the default (one stage, scores alone), the option `tighten_steps` (each
 scores what the last one left), and stages each of which also learns gates under the kernel term before its cut. The
 measure is the distance to the dense network (KL divergence in nats an image) on the 512 held-out images by which a run
 decides. Where there are two plans at the end, the one of the scores and the one of the last search, both are shown. A
@@ -35,8 +35,8 @@ STEPS = 30  # of each search
 DEFAULT = "one stage, scores"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {"search_steps": 0},
-    f"{STAGES} stages, scores": {"search_steps": 0, "stages": STAGES},
-    f"{STAGES} stages, a search in each": {"search_steps": STEPS, "stages": STAGES},
+    f"{STAGES} stages, scores": {"search_steps": 0, "tighten_steps": STAGES},
+    f"{STAGES} stages, a search in each": {"search_steps": STEPS, "tighten_steps": STAGES},
 }
 log = logging.getLogger("progressive")
 

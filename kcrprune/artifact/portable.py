@@ -14,8 +14,8 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import nn
 
-from kcrprune.artifact.atomic import taken, write_atomically
-from kcrprune.artifact.inference import mlp_ratio
+from kcrprune.atomic import taken, write_atomically
+from kcrprune.checkpoints.inference import mlp_ratio
 from kcrprune.errors import ExportError, OutputExistsError
 from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Preprocessing
 

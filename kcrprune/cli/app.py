@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from kcrprune import __version__
 from kcrprune.cli import commands, render
-from kcrprune.cli.options import GroupedCommand, OnnxCommand
+from kcrprune.cli.options import GroupedCommand, OnnxCommand, flag
+from kcrprune.config import RENAMED
 from kcrprune.errors import KcrPruneError
+from kcrprune.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -73,6 +74,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage(error: typer.TyperException) -> str:
+    option = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
+    if option in RENAMED:
+        error.possibilities = [flag(RENAMED[option])]  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)  # the command that the mistake was made in
     program = context.command_path if context else "kcrprune"
     return f"{error.format_message().replace('Value error, ', '')} (see `{program} --help`)"

@@ -16,7 +16,7 @@ PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
     "data": "The images",
     "arch": "The network, where its file does not tell",
-    "scores": "Before and after the cut",
+    "ranking": "Before and after the cut",
     "search_steps": "Search and recovery",
     "task": "The losses",
     "seed": "The machine",

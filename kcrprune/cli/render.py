@@ -18,7 +18,7 @@ from kcrprune.measure.report import Comparison, Inspection, ModelReport
 from kcrprune.measure.summary import notes_of, tables_of, to_markdown
 
 if TYPE_CHECKING:  # these modules import torch
-    from kcrprune.artifact.onnx import ExportResult
+    from kcrprune.graphs import ExportResult
     from kcrprune.pipeline import RunResult
     from kcrprune.training.evaluate import Evaluation
 

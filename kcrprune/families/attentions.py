@@ -59,7 +59,11 @@ class SlimEva(SlimAttention, EvaAttention):
     """EVA-02's and DINOv3's attention with rotary positions."""
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False  # noqa: FBT001, FBT002 (timm calls it)
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,  # noqa: FBT001, FBT002 (timm calls it)
     ) -> Tensor:
         """Self-attention over (B, N, D); `rope` (N without prefix, 2 d), or (h, N without prefix, 2 d)."""
         if self.qkv is None:
@@ -160,7 +164,5 @@ ATTENTIONS: Final[dict[type, Rule]] = {
     Attention: _rule(),
     WindowAttention: _rule(per_head=(Slot("relative_position_bias_table", 1),)),
     WindowAttentionV2: _rule(per_head=(Slot("logit_scale", 0), Slot("cpb_mlp.2", 0)), basis="orthogonal"),
-    EvaAttention: _rule(
-        basis="fixed", tie=lambda attention: "halves" if attention.rotate_half else "neighbours"
-    ),
+    EvaAttention: _rule(basis="fixed", tie=lambda attention: "halves" if attention.rotate_half else "neighbours"),
 }

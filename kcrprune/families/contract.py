@@ -164,7 +164,9 @@ class Contract:
     @cached_property
     def sites(self) -> dict[str, tuple[Group, ...]]:
         """The groups of each branch module."""
-        return {site: tuple(g for g in self.groups if g.site == site) for site in dict.fromkeys(g.site for g in self.groups)}
+        return {
+            site: tuple(g for g in self.groups if g.site == site) for site in dict.fromkeys(g.site for g in self.groups)
+        }
 
     @cached_property
     def blocks(self) -> dict[str, tuple[Group, ...]]:

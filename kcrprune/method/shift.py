@@ -29,7 +29,11 @@ class ExpectedMacs:
         rows = [(index, head) for index, group in enumerate(groups) for head in range(group.heads)]
         number = {row: position for position, row in enumerate(rows)}
         index_of = {group.key: index for index, group in enumerate(groups)}
-        row_of = [number[index_of[group.key], unit // group.units] for group, part in gates for unit in range(part.stop - part.start)]
+        row_of = [
+            number[index_of[group.key], unit // group.units]
+            for group, part in gates
+            for unit in range(part.stop - part.start)
+        ]
         spans = [float(group.span) for group, part in gates for _ in range(part.stop - part.start)]
         whole = [0.0 if groups[index].key in gates.slices else float(groups[index].width) for index, _ in rows]
         head_of = [_head_gate(groups[index], head, gates, always) for index, head in rows]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener
 from kcrprune.measure.report import Comparison

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from kcrprune.artifact.checkpoint import save_model
-from kcrprune.artifact.onnx import ExportResult
+from kcrprune.artifact.artifact import save_model
 from kcrprune.config import load_config
 from kcrprune.errors import ConfigError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone
 from kcrprune.families import build
+from kcrprune.graphs import ExportResult
 from kcrprune.pipeline import runs
 from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.verbs import export

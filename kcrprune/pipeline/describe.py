@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kcrprune.artifact.checkpoint import open_model
-from kcrprune.artifact.formats import Opened
-from kcrprune.artifact.onnx import OnnxModel, open_onnx
+from kcrprune.artifact.artifact import open_model
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.families import classifiers
+from kcrprune.graphs import OnnxModel, open_onnx
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_widths

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from kcrprune.artifact.checkpoint import open_model
-from kcrprune.artifact.formats import Opened
+from kcrprune.artifact.artifact import open_model
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.families import contract_of

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kcrprune.artifact.checkpoint import open_model, save_model
-from kcrprune.artifact.formats import Opened
+from kcrprune.artifact.artifact import open_model, save_model
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, ConfigError
 from kcrprune.events import Listener, Note, StageEnded, StageStarted, StepDone
@@ -113,13 +113,13 @@ class Run:
                 balance_(self.balanced, self.allowed.groups, self.parts.calibration)
         rotated = copy.deepcopy(self.balanced)
         scores = self._score(rotated)
-        for number in range(1, config.stages):
-            scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.stages))
+        for number in range(1, config.tighten_steps):
+            scores = self._tighten_(rotated, scores, config.target_flops ** (number / config.tighten_steps))
         candidates = {}
         if config.search_steps > 0:
             searched = copy.deepcopy(rotated)  # a search may train weights as well
             candidates["search"] = self._search(searched, scores), searched
-        if config.ranking != "equal":  # equal scores are a start and no plan
+        if config.ranked_by != "equal":  # equal scores are a start and no plan
             candidates["scores"] = scores, rotated
         self.innovations = {}  # large, and of no more use
         plan, pruned = self._cut(candidates)
@@ -162,7 +162,7 @@ class Run:
 
     def _score(self, model: nn.Module) -> Scores:
         generator = torch.Generator().manual_seed(self.config.seed)
-        ranking = self.config.ranking
+        ranking = self.config.ranked_by
         if ranking == "innovation":
             with self.stage("order"):
                 self.innovations = innovations_of(model, self.allowed.opened, self.parts.scoring, generator)
@@ -231,7 +231,7 @@ class Run:
             results[name] = plan, pruned
         best = min(losses, key=lambda name: losses[name])
         self.decisions["plans"] = {
-            "ranking": self.config.ranking,
+            "ranking": self.config.ranked_by,
             "before_refit": uncorrected,
             "held_out_distillation": losses,
             "chosen": best,

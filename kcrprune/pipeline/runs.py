@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -14,11 +13,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
-from kcrprune import __version__
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.version import __version__
 
 RUNS = Path("kcrprune-runs")
 MODEL, RECORD = "model.safetensors", "run.json"
@@ -80,18 +80,7 @@ def newest_model(below: Path) -> Path:
 
 def to_toml(config: RunConfig) -> str:
     """A configuration as the TOML file that repeats it; options that are unset are left out."""
-    values = config.model_dump(mode="json", exclude_none=True)
-    return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items())
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    return repr(value)
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def machine_record() -> dict[str, Any]:
@@ -112,8 +101,13 @@ def machine_record() -> dict[str, Any]:
 
 def peak_memory_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if platform.system() == "Darwin" else 1024)
+    if platform.system() == "Windows":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    from resource import RUSAGE_SELF, getrusage  # not on Windows; elsewhere psutil tells no peak
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kcrprune.artifact.checkpoint import open_model
-from kcrprune.artifact.onnx import ExportResult, export_onnx, metadata_of, open_onnx
+from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
+from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost

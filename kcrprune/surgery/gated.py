@@ -190,4 +190,3 @@ def plan_mask(gates: Gates, plan: ChannelPlan) -> Tensor:
         units = [group.channels([unit])[0] for unit in range(group.units)]
         mask[part] = by_channel[:, units].flatten()
     return mask
-

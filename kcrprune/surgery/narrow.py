@@ -167,7 +167,9 @@ def _tensors(model: nn.Module, slot: Slot) -> list[str]:
 def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
     own = {group.key: (group.heads, group.width) for group in groups if group.axis != "heads"}
     planned = {kept.key: (kept.heads, kept.width) for kept in plan.groups}
-    of = f"the plan was made for {plan.architecture!r}" if plan.architecture else "the plan was made for another network"
+    of = (
+        f"the plan was made for {plan.architecture!r}" if plan.architecture else "the plan was made for another network"
+    )
     if own.keys() != planned.keys():
         sites, theirs = (len({site for site, _ in keys}) for keys in (own, planned))
         raise PlanMismatchError(f"{of}, which has {theirs} parts that can be cut; this network has {sites}, or others")

@@ -86,7 +86,9 @@ def innovations_of(
     if not wanted:
         return {}
     image = batches[0][:1].to(next(model.parameters()).device)
-    moments = {name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()}
+    moments = {
+        name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()
+    }
     _gather_(model, moments, batches, generator)
     found = {}
     for name, group in wanted.items():

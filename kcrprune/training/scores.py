@@ -79,9 +79,9 @@ def _is_linear(model: nn.Module, slot: Slot) -> bool:
 
 def prices(gates: Gates, cost: MacCost) -> Tensor:
     """(n,) MACs that each gate holds while everything else is whole."""
-    return torch.cat(
-        [torch.full((part.stop - part.start,), float(cost.channel(group))) for group, part in gates]
-    ).to(gates.logits)
+    return torch.cat([torch.full((part.stop - part.start,), float(cost.channel(group))) for group, part in gates]).to(
+        gates.logits
+    )
 
 
 def random_scores(gates: Gates, cost: MacCost, generator: torch.Generator) -> Scores:

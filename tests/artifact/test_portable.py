@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from kcrprune.artifact.checkpoint import open_model
+from kcrprune.artifact.artifact import open_model
 from kcrprune.artifact.portable import save_for_timm, save_program, timm_arguments
 from kcrprune.errors import ExportError, OutputExistsError
 from kcrprune.plan import ChannelPlan, Kept, Preprocessing

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 import kcrprune
-from kcrprune.artifact.onnx import ExportResult
+from kcrprune.graphs import ExportResult
 from kcrprune.measure.report import Comparison, Inspection, ModelReport, StageTime
 from kcrprune.pipeline.compress import RunResult
 from kcrprune.plan import Preprocessing

@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-from kcrprune.artifact.checkpoint import save_model
+from kcrprune.artifact.artifact import save_model
 from kcrprune.cli.app import run
 from kcrprune.plan import Preprocessing
 

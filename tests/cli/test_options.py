@@ -36,7 +36,7 @@ def test_what_is_not_given_is_left_to_recipe_and_defaults(pipeline):
 def test_every_kind_of_flag_reaches_the_configuration(pipeline):
     words = (
         "compress vit.pth --target-flops 0.5 --axes heads,mlp_hidden --mean 0.1,0.2,0.3 --no-balance -b 4 -j 0 "
-        "--scores random --epochs 3 --data photos --out here"
+        "--ranking random --epochs 3 --data photos --out here"
     )
     assert run(words.split()) == 0
     assert pipeline.asked["out"] == Path("here")
@@ -47,7 +47,7 @@ def test_every_kind_of_flag_reaches_the_configuration(pipeline):
         balance=False,
         batch_size=4,
         workers=0,
-        scores="random",
+        ranking="random",
         epochs=3,
         data="photos",
     )

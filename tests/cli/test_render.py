@@ -7,11 +7,11 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from kcrprune.artifact.onnx import ExportResult
 from kcrprune.cli import progress
 from kcrprune.cli.app import run
 from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
 from kcrprune.events import Note, StageEnded, StageStarted, StepDone
+from kcrprune.graphs import ExportResult
 from kcrprune.measure.report import Comparison, Inspection, ModelReport
 from tests.cli.conftest import COMPARISON, DENSE, EXPORTED, INSPECTION, PRUNED
 

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import kcrprune
 from kcrprune import pipeline
-from kcrprune.artifact.checkpoint import open_model, save_model
+from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import BudgetError, CheckpointError, ConfigError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
@@ -97,7 +97,7 @@ def test_a_run_without_data_leaves_everything_that_repeats_it(tiny: Tiny, tmp_pa
 
 
 def test_labelled_images_give_accuracy_before_and_after(checkpoint: Path, tmp_path: Path):
-    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "stages": 2})
+    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "tighten_steps": 2})
     comparison = pipeline.compress(checkpoint, config, tmp_path / "run", ignore).comparison
     for report in (comparison.before, comparison.after):
         assert report.accuracy is not None

@@ -134,19 +134,19 @@ def test_a_linear_without_a_bias_has_no_mean_to_keep():
 
 
 def test_the_ranking_follows_the_refit():
-    assert RunConfig().ranking == "innovation"
-    assert RunConfig(refit=False).ranking == "fisher"
-    assert RunConfig(scores="fisher").ranking == "fisher"
+    assert RunConfig().ranked_by == "innovation"
+    assert RunConfig(refit=False).ranked_by == "fisher"
+    assert RunConfig(ranking="fisher").ranked_by == "fisher"
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         (
-            {"scores": "innovation", "refit": False},
-            "scores innovation price what a refit makes up for, and refit is off",
+            {"ranking": "innovation", "refit": False},
+            "ranking innovation prices what a refit makes up for, and refit is off",
         ),
-        ({"scores": "equal"}, "scores equal rank nothing by themselves; give search_steps"),
+        ({"ranking": "equal"}, "ranking equal ranks nothing by itself; give search_steps"),
     ],
 )
 def test_rankings_that_mean_nothing_are_refused(settings, sentence):

@@ -1,0 +1,1 @@
+"""Which network a stranger's tensors are."""

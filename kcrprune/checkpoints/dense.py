@@ -1,0 +1,130 @@
+"""Any dense network from a file or folder: recognised, brought to timm's names, checked."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
+from kcrprune.checkpoints.inference import Inferred, difference, infer
+from kcrprune.checkpoints.loading import load_dense
+from kcrprune.checkpoints.locate import locate
+from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
+from kcrprune.checkpoints.registry import known
+from kcrprune.checkpoints.statements import stated
+from kcrprune.containers.container import open_container
+from kcrprune.containers.contents import read_all
+from kcrprune.errors import ConfigError, UnsupportedModelError
+from kcrprune.families import family_of
+from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network that was opened from disk; one type for every source. `model` is in eval mode, float32, on the CPU."""
+
+    model: nn.Module
+    architecture: Architecture
+    preprocessing: Preprocessing
+    plan: ChannelPlan | None  # None: a dense network
+    class_names: tuple[str, ...] | None
+    layout: str  # for people: "torchvision Swin", "kcrprune artifact"
+    notes: tuple[str, ...]  # how each thing is known, one sentence each
+    path: Path
+    digest: str  # sha256 of the file or files
+    record: dict[str, Any] = field(default_factory=dict)  # the run that made an artifact
+    new_head: bool = False  # the classifier is not the file's, and untrained
+    foreign_names: tuple[str, ...] = ()  # what a pickle mentions and nobody runs
+
+
+def open_dense(
+    path: Path,
+    *,
+    arch: str | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> Opened:
+    """The dense network in a checkpoint that somebody else wrote; the keywords are the user's own words.
+
+    CheckpointError for a file that is damaged, unknown or not clear; UnsupportedModelError for a network that cannot
+    be cut; ConfigError for a keyword that contradicts the file.
+    """
+    path = Path(path)
+    contents = open_container(path)
+    located = locate(contents)
+    if located.layout.doubt and not located.trail and arch is None:
+        raise UnsupportedModelError(f"{path}: {located.layout.doubt}")
+    tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    classes = next((shapes[name][0] for name in ("head.weight", "head.fc.weight") if name in shapes), 0)
+    flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
+    evidence = Evidence((flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes)))
+    inferred = infer(shapes, evidence, path)
+    sized, size_notes = with_size(inferred, img_size)
+    final, head_notes = with_head(sized, num_classes, path)
+    new_head = bool(num_classes) and classes == 0
+    model, left_out = load_dense(final.architecture, tensors, path, new_head=new_head)
+    family = family_of(model).name
+    return Opened(
+        model=model,
+        architecture=final.architecture.model_copy(update={"family": family}),
+        preprocessing=preprocessing_of(final, evidence, Flags(mean, std, interpolation, crop_pct)),
+        plan=None,
+        class_names=evidence.class_names,
+        layout=f"{located.layout.name}, {contents.container}",
+        notes=(*located.notes(left_out), *inferred.notes, *size_notes, *head_notes),
+        path=path,
+        digest=digest(contents.files),
+        new_head=new_head,
+        foreign_names=contents.foreign_names,
+    )
+
+
+def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple[str, ...]]:
+    """The same network at the image size that the user asks for."""
+    own = inferred.network.img_size
+    patch = inferred.network.patch_size
+    if img_size is None or img_size == own:
+        return inferred, ()
+    if img_size % patch:
+        raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
+    note = f"image size {img_size} in place of {own}: {ASKED}; timm resizes the position tables whose size changes"
+    return changed(inferred, img_size=img_size), (note,)
+
+
+def with_head(inferred: Inferred, num_classes: int | None, path: Path) -> tuple[Inferred, tuple[str, ...]]:
+    """The network with a new classifier where the file has none and the user asks for one."""
+    own = inferred.network.num_classes
+    if num_classes is None or num_classes == own:
+        return inferred, ("no classifier in the file; --num-classes gives it a new one",) if own == 0 else ()
+    if own:
+        raise ConfigError(f"{path} has a classifier for {own} classes; --num-classes {num_classes} contradicts it")
+    return changed(inferred, num_classes=num_classes), (
+        f"a new, untrained classifier for {num_classes} classes: as asked",
+    )
+
+
+def changed(inferred: Inferred, **values: int) -> Inferred:
+    """The same network with other arguments."""
+    network = replace(inferred.network, **values)
+    arguments = difference(network, known(network.name))
+    architecture = inferred.architecture.model_copy(update={"arguments": arguments})
+    return replace(inferred, network=network, architecture=architecture)
+
+
+def digest(files: Iterable[Path]) -> str:
+    """The sha256 of some files, one after the other."""
+    total = sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                total.update(block)
+    return total.hexdigest()

@@ -1,0 +1,45 @@
+"""Names by rules: what the converters of several layouts share."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kcrprune.checkpoints.layouts.base import Tensors
+
+Rules = Sequence[tuple[str, str]]
+
+
+def rename(tensors: Tensors, rules: Rules) -> Tensors:
+    """The tensors under new names: every rule (pattern, replacement) is tried on every name, in order."""
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        new = name
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        renamed[new] = value
+    return renamed
+
+
+def join_qkv(tensors: Tensors) -> Tensors:
+    """`x.q`, `x.k` and `x.v` joined to `x.qkv`, as timm has them, for weights and biases."""
+    joined: Tensors = {}
+    for name, value in tensors.items():
+        match = re.fullmatch(r"(.*\.attn)\.([qkv])\.(weight|bias)", name)
+        if match is None:
+            joined[name] = value
+        elif match[2] == "q":
+            parts = [tensors.get(f"{match[1]}.{part}.{match[3]}") for part in "qkv"]
+            if all(isinstance(part, Tensor) for part in parts):
+                joined[f"{match[1]}.qkv.{match[3]}"] = torch.cat([part for part in parts if part is not None])
+    return joined
+
+
+def move_downsampling(tensors: Tensors) -> Tensors:
+    """A Swin's patch merging at the start of a stage, where timm has it, in place of the end of the one before."""
+    pattern = re.compile(r"^layers\.(\d+)\.downsample")
+    return {
+        pattern.sub(lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
+        for name, value in tensors.items()
+    }

@@ -1,0 +1,150 @@
+"""Weights into a network, and only if every one of them has its place."""
+
+import warnings
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Final, cast
+
+import timm.models.swin_transformer
+import timm.models.vision_transformer
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from kcrprune.checkpoints.registry import is_known
+from kcrprune.checkpoints.shapes import DEEPEST
+from kcrprune.containers.contents import Shape, check_memory, some
+from kcrprune.errors import CheckpointError
+from kcrprune.families import build, classifiers
+from kcrprune.plan import Architecture, ChannelPlan
+from kcrprune.surgery.narrow import cut_
+
+Tensors = dict[str, Tensor]
+LARGEST_CUT: Final = 100  # ours; a network cut to a hundredth is no network
+
+# what timm raises for sizes and names that cannot be
+UNBUILDABLE: Final = (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+# what `inference.difference` writes
+ARGUMENTS: Final = {
+    "act_layer", "class_token", "depth", "depths", "embed_dim", "fc_norm", "final_norm", "global_pool",
+    "img_size", "in_chans", "init_values", "mlp_ratio", "no_embed_class", "num_classes", "num_heads",
+    "patch_size", "pos_embed", "pre_norm", "qk_norm", "qkv_bias", "reg_tokens", "scale_attn_norm",
+    "scale_mlp_norm", "window_size",
+}  # fmt: skip
+
+
+def load_dense(
+    architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network of an architecture with these weights, and the names of those that it has no place for.
+
+    timm's conversion may rename and resize them.
+
+    The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
+    `new_head` the file has no classifier and the network gets a fresh one.
+    """
+    outline = _outline(architecture, path)
+    try:
+        fitted = fit(tensors, outline)
+    except UNBUILDABLE as error:  # timm trusts the names and shapes of what it converts
+        raise CheckpointError(f"{path} has tensors that timm cannot convert: {str(error)[:200]}") from error
+    heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
+    wanted = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
+    check_fit(expected, {name: tuple(value.shape) for name, value in fitted.items()}, path)
+    check_memory(_bytes(outline), path)
+    model = build_quietly(architecture)
+    model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
+    return model.float().eval(), tuple(sorted(fitted.keys() - wanted.keys()))
+
+
+def check_outline(
+    architecture: Architecture, plan: ChannelPlan | None, shapes: Mapping[str, Shape], path: Path
+) -> None:
+    """CheckpointError where an architecture that a file states is not the network of the file's tensors.
+
+    Built on the meta device, so a false statement costs nothing.
+    """
+    _check_statement(architecture, path)
+    outline = _outline(architecture, path)
+    dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    check_memory(_bytes(outline), path)
+    if plan is not None:
+        cut_(outline, plan)
+    cut = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    check_fit(cut, shapes, path)
+    if shapes.keys() != cut.keys():
+        raise CheckpointError(
+            f"{path} holds tensors that its network has no place for: {some(sorted(shapes.keys() - cut))}"
+        )
+    if _count(dense) > LARGEST_CUT * max(_count(cut), 10**5):
+        raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
+
+
+def _check_statement(architecture: Architecture, path: Path) -> None:
+    """CheckpointError for names that would fetch or read something, and for a depth that would take for ever."""
+    arguments = architecture.arguments
+    if not is_known(architecture.name) or not arguments.keys() <= ARGUMENTS:
+        raise CheckpointError(
+            f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
+        )
+    stated = arguments.get("depths", arguments.get("depth", 1))
+    depths = stated if isinstance(stated, list) else [stated]
+    if len(depths) > DEEPEST or not all(type(depth) is int and 0 < depth <= DEEPEST for depth in depths):
+        raise CheckpointError(f"{path} states a depth that cannot be: {str(stated)[:80]}")
+
+
+def _outline(architecture: Architecture, path: Path) -> nn.Module:
+    """A network on the meta device, where it takes no memory; CheckpointError for what timm cannot build."""
+    try:
+        return build_quietly(architecture, device="meta")
+    except UNBUILDABLE as error:
+        raise CheckpointError(f"{path} states a network that timm cannot build: {str(error)[:200]}") from error
+
+
+def build_quietly(architecture: Architecture, *, device: str = "cpu") -> nn.Module:
+    """`build`, with fresh weights that depend on nothing, and leaving the caller's random state alone."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return build(architecture, device=device)
+
+
+def fit(tensors: Tensors, model: nn.Module) -> Tensors:
+    """The weights under the names and in the sizes that `model` wants, by timm's own conversion; in float32."""
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
+        if isinstance(model, SwinTransformer):
+            return timm.models.swin_transformer.checkpoint_filter_fn(floats, model)
+        return timm.models.vision_transformer.checkpoint_filter_fn(floats, cast(Any, model), adapt_layer_scale=True)
+
+
+def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:
+    """CheckpointError where a tensor is missing, has another shape, or has no place in the network's modules."""
+    missing = sorted(wanted.keys() - given.keys())
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of its network: {some(missing)}")
+    for name in sorted(wanted):
+        if given[name] != wanted[name]:
+            raise CheckpointError(f"{path}: {name} has the shape {given[name]}, its network wants {wanted[name]}")
+    modules = {name.split(".")[0] for name in wanted}
+    strange = sorted(name for name in given.keys() - wanted.keys() if name.split(".")[0] in modules)
+    if strange:
+        raise CheckpointError(
+            f"{path} holds {len(strange)} tensors that timm's network has no place for ({some(strange)}), "
+            "so it is another network than it seems"
+        )
+
+
+def _bytes(outline: nn.Module) -> int:
+    """What a network takes in memory twice, as it is built and as it is read.
+
+    Buffers count: a Swin's attention masks grow with the image.
+    """
+    buffers = sum(buffer.numel() for buffer in outline.buffers())
+    return 2 * 4 * (_count({name: tuple(value.shape) for name, value in outline.state_dict().items()}) + buffers)
+
+
+def _count(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values())

@@ -1,0 +1,96 @@
+"""How images become inputs: from flags, from the checkpoint, or from the network that timm registers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import timm
+
+from kcrprune.checkpoints.clues import Evidence
+from kcrprune.checkpoints.inference import Inferred
+from kcrprune.errors import ConfigError
+from kcrprune.plan import Preprocessing
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The user's own words; None where nothing was said."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+
+def preprocessing_of(inferred: Inferred, evidence: Evidence, flags: Flags) -> Preprocessing:
+    """The preprocessing of a dense network, each value from the most trusted source that has it."""
+    network = inferred.network
+    registered = timm.get_pretrained_cfg(network.name)
+    values: dict[str, Any] = registered.to_dict() if registered is not None else {}
+    sources = [f"timm's {network.name}" + ("" if inferred.certain else ", assumed: the checkpoint does not say")]
+    for clue in reversed(evidence.clues):
+        stated = _usable(clue.preprocessing, network.in_chans)
+        values |= stated
+        sources += [clue.source] if stated else []
+    base = Preprocessing(
+        input_size=(network.in_chans, network.img_size, network.img_size),
+        mean=_channels(values.get("mean"), network.in_chans, 0.5),
+        std=_channels(values.get("std"), network.in_chans, 0.5),
+        interpolation=values.get("interpolation") or "bicubic",
+        crop_pct=values.get("crop_pct") or 1.0,
+        crop_mode=values.get("crop_mode") or "center",
+        source=sources[-1],
+    )
+    return overridden(base, flags)
+
+
+def overridden(base: Preprocessing, flags: Flags) -> Preprocessing:
+    """`base` with what the user said instead; ConfigError for a value that cannot work."""
+    channels = base.input_size[0]
+    stated = {key: value for key, value in vars(flags).items() if value is not None}
+    if not stated:
+        return base
+    usable = _usable(stated, channels)
+    if wrong := sorted(stated.keys() - usable.keys()):
+        values = ", ".join(f"{key} {stated[key]!r}" for key in wrong)
+        raise ConfigError(
+            f"{values} cannot work: mean and std need {channels} numbers (std above 0), crop_pct one above 0, "
+            f"interpolation one of {', '.join(INTERPOLATIONS)}"
+        )
+    names = ", ".join(f"--{key.replace('_', '-')}" for key in stated)
+    return base.model_copy(update={**usable, "source": f"{names}; else {base.source}"})
+
+
+def _usable(stated: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """The values that make sense, under their names."""
+    usable: dict[str, Any] = {}
+    for key in ("mean", "std"):
+        value = stated.get(key)
+        if _is_row(value, channels) and not (key == "std" and min(value) <= 0):
+            usable[key] = tuple(float(number) for number in value)
+    if stated.get("interpolation") in INTERPOLATIONS:
+        usable["interpolation"] = stated["interpolation"]
+    if stated.get("crop_mode") in CROP_MODES:
+        usable["crop_mode"] = stated["crop_mode"]
+    crop_pct = stated.get("crop_pct")
+    if _is_number(crop_pct) and 0.05 <= crop_pct <= 4:
+        usable["crop_pct"] = float(crop_pct)
+    return usable
+
+
+def _is_row(value: Any, channels: int) -> TypeGuard[Sequence[float]]:
+    return isinstance(value, list | tuple) and len(value) == channels and all(_is_number(number) for number in value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e4 < value < 1e4
+
+
+def _channels(value: Any, channels: int, default: float) -> tuple[float, ...]:
+    """The registered mean or std for a network of any number of channels."""
+    if isinstance(value, list | tuple) and len(value) == channels:
+        return tuple(float(number) for number in value)
+    return (default,) * channels

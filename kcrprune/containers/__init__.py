@@ -1,0 +1,1 @@
+"""Bytes to named tensors, from any kind of file; knows no network."""

@@ -1,0 +1,81 @@
+"""Safetensors headers that contradict themselves or their file are refused; honest ones read as the library reads."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kcrprune.containers.safetensors_file import read_header
+from kcrprune.errors import CheckpointError
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def written(path, header, data=b"\0" * 8, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def test_tensors_and_metadata_are_those_of_the_library(tmp_path):
+    path = tmp_path / "file.safetensors"
+    made = {
+        f"as {dtype}": torch.arange(6).reshape(2, 3).to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.int64)
+    }
+    made |= {"bool": torch.tensor([True, False]), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    save_file(made, path, {"a": "b"})
+    header = read_header(path)
+    expected = load_file(path)
+    assert header.metadata == {"a": "b"}
+    assert header.tensors.keys() == expected.keys()
+    assert all(torch.equal(ref.read(), expected[name]) for name, ref in header.tensors.items())
+
+
+HEADERS = {
+    "no object": [1],
+    "not JSON": b"{'w': 1}",
+    "not text": b'{"\xff": 1}',
+    "nested for ever": b'{"w":' + b"[" * 100_000,
+    "a name twice": b'{"w":' + json.dumps(entry()).encode() + b',"w":' + json.dumps(entry()).encode() + b"}",
+    "metadata of numbers": {"__metadata__": {"a": 1}, "w": entry()},
+    "no offsets": {"w": {"dtype": "F32", "shape": [2]}},
+    "another key": {"w": entry() | {"surprise": 1}},
+    "an unknown type": {"w": entry("F8_E4M3")},
+    "a type that is a list": {"w": entry() | {"dtype": ["F32"]}},
+    "a negative size": {"w": entry(shape=(-2,))},
+    "a size that is a fraction": {"w": entry(shape=(2.0,))},
+    "a size that is no number": {"w": entry(shape=(True, 2))},
+    "an enormous size": {"w": entry(shape=(2**60, 2**60))},
+    "the wrong length": {"w": entry(shape=(3,))},
+    "offsets backwards": {"w": entry(offsets=(8, 0))},
+    "past the end": {"w": entry(shape=(4,), offsets=(0, 16))},
+    "overlapping": {"w": entry(), "v": entry()},
+    "a gap": {"w": entry(shape=(1,), offsets=(4, 8))},
+    "bytes left over": {"w": entry(shape=(1,), offsets=(0, 4))},
+    "NaN for a size": b'{"w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_false_header_is_refused(tmp_path, header):
+    with pytest.raises(CheckpointError, match=r"file\.safetensors"):
+        read_header(written(tmp_path / "file.safetensors", header))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**63, 2**64 - 1])
+def test_a_false_header_length_is_refused(tmp_path, length):
+    with pytest.raises(CheckpointError, match="its header cannot be"):
+        read_header(written(tmp_path / "file.safetensors", {"w": entry()}, length=length))
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = written(tmp_path / "file.safetensors", {"w": entry()})
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            read_header(path)

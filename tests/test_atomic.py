@@ -1,0 +1,90 @@
+"""A file is either whole or absent."""
+
+import os
+import stat
+
+import pytest
+
+from kcrprune.atomic import write_atomically
+from kcrprune.errors import KcrPruneError, OutputExistsError
+
+
+def test_writes_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_atomically(path, lambda temporary: temporary.write_text("whole"))
+    assert path.read_text() == "whole"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("replace", [False, True])
+def test_failed_write_changes_nothing(tmp_path, error, replace):
+    path = tmp_path / "file.txt"
+    if replace:
+        path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, ValueError, KcrPruneError)):
+        write_atomically(path, write, replace=replace)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == ([("file.txt", "old")] if replace else [])
+
+
+def test_full_disk_is_one_sentence(tmp_path):
+    def write(temporary):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KcrPruneError, match=r"cannot write .*file.txt: No space left"):
+        write_atomically(tmp_path / "file.txt", write)
+
+
+def test_a_taken_path_is_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OutputExistsError, match=r"file.txt exists already"):
+        write_atomically(path, lambda temporary: pytest.fail("it was written"))
+    assert path.read_text() == "old"
+
+
+def test_a_path_taken_meanwhile_is_refused(tmp_path):
+    path = tmp_path / "file.txt"
+
+    def write(temporary):
+        temporary.write_text("new")
+        path.write_text("somebody else's")
+
+    with pytest.raises(OutputExistsError):
+        write_atomically(path, write)
+    assert path.read_text() == "somebody else's"
+
+
+def test_replaces_when_told_to(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    write_atomically(path, lambda temporary: temporary.write_text("new"), replace=True)
+    assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_umask_decides_the_mode_even_where_the_writer_has_its_own(tmp_path, umask, mode):
+    def write(temporary):  # as safetensors does: another file takes the name
+        other = temporary.with_suffix(".other")
+        other.write_text("x")
+        other.chmod(0o600)
+        other.replace(temporary)
+
+    old = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file.txt", write)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == mode
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KcrPruneError, match="cannot write"):
+        write_atomically(tmp_path / "file" / "below", lambda temporary: None)
