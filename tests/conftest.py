@@ -2,14 +2,21 @@
 
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kcrprune.families import build, contract_of, groups_of
-from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Kept
+from kcrprune.families import Group, build, contract_of, groups_of
+from kcrprune.measure.macs import count_macs
+from kcrprune.method.budget import kept_of
+from kcrprune.method.cost import MacCost
+from kcrprune.method.gates import Gates
+from kcrprune.plan import AXES, Architecture, Axis, ChannelPlan
+from kcrprune.surgery.gated import add_gates_
 
 # One thread: a second brings tiny networks nothing, and where the cores are shared it makes them ten times slower.
 torch.set_num_threads(1)
@@ -43,13 +50,23 @@ class Tiny:
 
 def _vit(label: str, name: str, **arguments: object) -> Tiny:
     size = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5} | arguments
-    return Tiny(label, Architecture.model_validate({"family": "vit", "name": name, "arguments": size}), (3, 32, 32))
+    return _tiny(label, "vit", name, size)
 
 
 def _swin(label: str, **arguments: object) -> Tiny:
     size = {"img_size": 56, "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "num_classes": 5} | arguments
-    name = "swin_tiny_patch4_window7_224"
-    return Tiny(label, Architecture.model_validate({"family": "swin", "name": name, "arguments": size}), (3, 56, 56))
+    return _tiny(label, "swin", "swin_tiny_patch4_window7_224", size)
+
+
+def _eva(label: str, name: str, **arguments: object) -> Tiny:
+    size = {"img_size": 28, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5} | arguments
+    return _tiny(label, "eva", name, size)
+
+
+def _tiny(label: str, family: str, name: str, arguments: dict[str, object]) -> Tiny:
+    architecture = Architecture.model_validate({"family": family, "name": name, "arguments": arguments})
+    side = int(str(arguments["img_size"]))
+    return Tiny(label, architecture, (3, side, side))
 
 
 TINY = (
@@ -60,8 +77,17 @@ TINY = (
     _vit("qk_norm", "vit_tiny_patch16_224", qk_norm=True),
     _swin("swin"),
     _swin("swin_padded", window_size=5),  # 14 and 7 tokens a side are no multiples of 5: windows are padded
+    _vit("hybrid", "vit_tiny_r_s16_p8_224", depth=1),
+    _tiny(
+        "swinv2",
+        "swinv2",
+        "swinv2_tiny_window8_256",
+        {"img_size": 32, "embed_dim": 12, "depths": [2, 1], "num_heads": [2, 4], "window_size": 3, "num_classes": 5},
+    ),
+    _eva("eva02", "eva02_tiny_patch14_336"),  # packed SwiGLU, rotary pairs of neighbours
+    _eva("eva02_scaled", "eva02_base_patch14_448"),  # SwiGLU with a norm over the hidden units
+    _eva("dinov3", "vit_small_patch16_dinov3", img_size=32, embed_dim=32),  # q, k and v apart, rotary halves
 )
-TINY = tuple(Tiny(tiny.label, tiny.architecture, (3, 28, 28)) if tiny.label == "dinov2_reg4" else tiny for tiny in TINY)
 
 
 @pytest.fixture(params=TINY, ids=lambda tiny: tiny.label)
@@ -79,27 +105,35 @@ def tiny_vit() -> Tiny:
 def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
     """A plan that cuts each axis that each block allows, at random; some axes stay whole."""
     draw = random.Random(seed)
-    return ChannelPlan(architecture=name, blocks=tuple(_random_block(site, draw) for site in sites(model)))
+    heads: dict[str, list[int]] = {}
+    entries = []
+    for group in groups_of(model):
+        if group.axis == "heads":
+            continue
+        kept_heads = heads.setdefault(group.site, _chosen(draw, group.heads))
+        count = group.units if group.whole or draw.random() < 0.3 else draw.randint(1, group.units)
+        units = [sorted(draw.sample(range(group.units), count)) for _ in kept_heads]
+        entries.append(kept_of(group, kept_heads, units))
+    return ChannelPlan(architecture=name, groups=tuple(entries))
 
 
-def _random_block(site: BlockSite, draw: random.Random) -> BlockPlan:
-    def kept(axis: str, width: int, count: int | None = None) -> Kept:
-        if axis not in site.axes or (count is None and draw.random() < 0.3):
-            return Kept.all_of(width)
-        chosen = draw.sample(range(width), count or draw.randint(1, width))
-        return Kept(width=width, indices=tuple(sorted(chosen)))
+def _chosen(draw: random.Random, count: int) -> list[int]:
+    return list(range(count)) if draw.random() < 0.3 else sorted(draw.sample(range(count), draw.randint(1, count)))
 
-    heads = kept("heads", site.heads)
-    query, value = draw.randint(1, site.head_dim), draw.randint(1, site.head_dim)
-    per_head = range(len(heads.indices))
-    return BlockPlan(
-        site=site.name,
-        mlp_io=kept("mlp_io", site.width),
-        mlp_hidden=kept("mlp_hidden", site.hidden),
-        heads=heads,
-        attn_query=tuple(kept("attn_query", site.head_dim, query) for _ in per_head),
-        attn_value=tuple(kept("attn_value", site.head_dim, value) for _ in per_head),
-    )
+
+def open_groups(model: nn.Module, axes: Iterable[Axis] = AXES) -> list[Group]:
+    """The groups of some axes that may be cut."""
+    return [group for group in groups_of(model) if group.axis in axes and not group.whole]
+
+
+def gated(model: nn.Module, axes: Iterable[Axis] = AXES, **options: Any) -> Gates:
+    """Gates on every group of some axes of a model."""
+    return add_gates_(model, groups_of(model), open_groups(model, axes), **options)
+
+
+def cost_of(model: nn.Module, input_size: tuple[int, int, int]) -> MacCost:
+    """The MACs of a model as its cost."""
+    return MacCost.of(model, contract_of(model, input_size), count_macs(model, input_size))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,16 +12,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kcrprune.families import classifiers, sites
+from kcrprune.families import Group, classifiers, contract_of, groups_of, kept_widths, owner_of
+from kcrprune.families.observed import watching
 from kcrprune.measure.macs import count_macs
-from kcrprune.method.budget import dense_widths, expected_macs, predicted_macs, widths_macs
-from kcrprune.plan import AXES, ChannelPlan
-from kcrprune.surgery.balance import balance_, balancing, head_moments
-from kcrprune.surgery.expanded import expand_
-from kcrprune.surgery.gated import add_gates_, harden_, remove_gates_
-from kcrprune.surgery.pruned import apply_plan_, full_plan, qkv_rows
+from kcrprune.method.cost import dense_widths
+from kcrprune.method.shift import ExpectedMacs
+from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.balance import balance_, balancing, head_moments, rotates
+from kcrprune.surgery.gated import harden_, plan_mask, remove_gates_
+from kcrprune.surgery.narrow import cut_, expand_, full_plan, index_map
 from kcrprune.surgery.refit import NormalEquations, refit_
-from tests.conftest import TINY, Tiny, random_plan, relative_error
+from tests.conftest import TINY, Tiny, cost_of, gated, random_plan, relative_error
 
 SEEDS = st.integers(0, 2**16)
 MANY = settings(
@@ -32,7 +33,7 @@ each_tiny = pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.label)
 
 
 def cut(model: nn.Module, plan: ChannelPlan) -> nn.Module:
-    return apply_plan_(copy.deepcopy(model), plan)
+    return cut_(copy.deepcopy(model), plan)
 
 
 @torch.no_grad()
@@ -45,12 +46,12 @@ def test_a_plan_that_keeps_all_leaves_the_output_bit_identical(tiny: Tiny):
 @MANY
 @given(seed=SEEDS)
 def test_masking_is_pruning(tiny: Tiny, seed: int):
-    model, images = tiny.model(seed), tiny.images(seed=seed)
+    model, images = tiny.model(seed).double(), tiny.images(seed=seed).double()
     plan = random_plan(model, "tiny", seed)
     masked = copy.deepcopy(model)
-    harden_(add_gates_(masked, AXES), plan)
+    harden_(gated(masked), plan)
     with torch.no_grad():
-        assert relative_error(cut(model, plan)(images), masked(images)) <= 1e-5
+        assert relative_error(cut(model, plan)(images), masked(images)) <= 1e-10
 
 
 @each_tiny
@@ -60,7 +61,7 @@ def test_predicted_macs_are_counted_macs_by_two_counters(tiny: Tiny, seed: int):
     model = tiny.model()
     plan = random_plan(model, "tiny", seed)
     pruned = cut(model, plan)
-    predicted = predicted_macs(count_macs(model, tiny.input_size), sites(model), plan)
+    predicted = cost_of(model, tiny.input_size).predicted(plan)
     assert predicted == count_macs(pruned, tiny.input_size)
     assert predicted == second_count(pruned, tiny)
 
@@ -68,7 +69,7 @@ def test_predicted_macs_are_counted_macs_by_two_counters(tiny: Tiny, seed: int):
 def second_count(model: nn.Module, tiny: Tiny) -> int:
     """torch's own counter, in which one multiply-accumulate is two FLOPs."""
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), math, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), math, kept_widths(), FlopCounterMode(display=False) as counter:
         model(tiny.images(1))
     return counter.get_total_flops() // 2
 
@@ -76,14 +77,13 @@ def second_count(model: nn.Module, tiny: Tiny) -> int:
 @each_tiny
 @FEW
 @given(seed=SEEDS)
+@torch.no_grad()
 def test_expected_macs_of_hard_gates_are_the_plans(tiny: Tiny, seed: int):
     model = tiny.model()
-    dense_macs, plan = count_macs(model, tiny.input_size), random_plan(model, "tiny", seed)
-    gates = add_gates_(copy.deepcopy(model), AXES)
-    harden_(gates, plan)
-    for _, _, gate in gates:
-        gate.logits.data = (gate.value * 2 - 1) * 100  # probabilities of exactly 0 and 1
-    assert int(expected_macs(dense_macs, gates).round()) == predicted_macs(dense_macs, sites(model), plan)
+    cost, plan = cost_of(model, tiny.input_size), random_plan(model, "tiny", seed)
+    gates = gated(copy.deepcopy(model))
+    logits = (plan_mask(gates, plan) * 2 - 1) * 100  # probabilities of exactly 0 and 1
+    assert int(ExpectedMacs(cost, gates)(logits).round()) == cost.predicted(plan)
 
 
 @each_tiny
@@ -93,16 +93,18 @@ def test_expected_macs_of_hard_gates_are_the_plans(tiny: Tiny, seed: int):
 def test_an_expanded_network_computes_what_the_pruned_one_does(tiny: Tiny, seed: int):
     model, images = tiny.model(), tiny.images()
     plan = random_plan(model, "tiny", seed)
-    pruned = refit_(cut(model, plan), model, sites(model), plan, [tiny.images(16, seed)])
-    expanded = expand_(copy.deepcopy(model), pruned, sites(model), plan)
+    pruned = refit_(cut(model, plan), model, ordered_groups(model, tiny), plan, [tiny.images(16, seed)])
+    expanded = expand_(copy.deepcopy(model), pruned, plan)
     assert relative_error(expanded(images), pruned(images)) <= 1e-5
-    assert torch.equal(cut(expanded, plan)(images), pruned(images))
+    again = cut(expanded, plan)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in pruned.state_dict().items())
+    assert relative_error(again(images), pruned(images)) <= 1e-5
 
 
 def test_gates_leave_and_return_a_dense_model(tiny: Tiny):
     model, images = tiny.model(), tiny.images()
     keys, expected = list(model.state_dict()), model(images)
-    gates = add_gates_(model, AXES)
+    gates = gated(model)
     assert relative_error(model(images), expected) <= 1e-6
     remove_gates_(model, gates)
     assert list(model.state_dict()) == keys
@@ -115,25 +117,28 @@ def test_gates_leave_and_return_a_dense_model(tiny: Tiny):
 def test_balance_leaves_the_output_unchanged(tiny: Tiny, seed: int):
     model = tiny.model(seed)
     images = tiny.images(4, seed)
-    rotated = balance_(copy.deepcopy(model), sites(model), [tiny.images(8, seed + 1)])
+    rotated = balance_(copy.deepcopy(model), groups_of(model), [tiny.images(8, seed + 1)])
     with torch.no_grad():
         assert relative_error(rotated(images), model(images)) <= 1e-5
 
 
 def test_balanced_moments_are_equal_diagonal_and_sorted(tiny: Tiny):
     model = tiny.model()
-    batches = [tiny.images(16)]
-    balance_(model, sites(model), batches)
-    rotatable = [site for site in sites(model) if site.rotate_query]
+    batches, groups = [tiny.images(16)], groups_of(model)
+    balance_(model, groups, batches)
+    pairs = [group for group in groups if rotates(group) and not group.readers]
     with torch.no_grad():
-        moments = head_moments(model, rotatable, batches)
-    for site in rotatable:
-        query, key = moments[site.name].query, moments[site.name].key
-        diagonal = query.diagonal(dim1=1, dim2=2)
+        moments = head_moments(model, pairs, batches)
+    for group in pairs:
+        query, key = moments[group.key].first, moments[group.key].second
+        both = sum(m / m.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (query, key))
+        both = both if group.basis == "orthogonal" else query
+        diagonal = both.diagonal(dim1=1, dim2=2)
         scale = diagonal.max()
-        assert (query - torch.diag_embed(diagonal)).abs().max() <= 1e-4 * scale
-        assert (query - key).abs().max() <= 1e-3 * scale
+        assert (both - torch.diag_embed(diagonal)).abs().max() <= 1e-4 * scale
         assert (diagonal.diff() <= 1e-4 * scale).all()
+        if group.basis == "free":
+            assert (query - key).abs().max() <= 1e-3 * scale
 
 
 @MANY
@@ -176,7 +181,7 @@ def test_refit_brings_the_stream_nearer_to_the_dense_one(tiny: Tiny):
     images = torch.cat(batches)
     pruned = cut(model, plan)
     before = relative_error(stream(pruned, images), stream(model, images))
-    refit_(pruned, model, sites(model), plan, batches)
+    refit_(pruned, model, ordered_groups(model, tiny), plan, batches)
     after = relative_error(stream(pruned, images), stream(model, images))
     assert after < before
 
@@ -189,7 +194,7 @@ def test_every_linear_is_nearer_to_what_it_is_fitted_to(tiny: Tiny, seed: int):
     """Each fit undone by itself, so that what the linear reads stays, leaves it farther from its target."""
     model, images = tiny.model(seed), tiny.images(24, seed)
     plan = random_plan(model, "tiny", seed)
-    refitted = refit_(cut(model, plan), model, sites(model), plan, [images[:10], images[10:]])
+    refitted = refit_(cut(model, plan), model, ordered_groups(model, tiny), plan, [images[:10], images[10:]])
     unfitted = cut(model, plan)
     for name, seen_at, kept in fitted_linears(model, plan):
         undone = copy.deepcopy(refitted)
@@ -201,31 +206,32 @@ def test_every_linear_is_nearer_to_what_it_is_fitted_to(tiny: Tiny, seed: int):
 
 def fitted_linears(model: nn.Module, plan: ChannelPlan) -> Iterator[tuple[str, str, list[int] | slice]]:
     """Every refitted linear, the module whose output shows what it was fitted to, and the dense channels it keeps."""
-    for site, block in zip(sites(model), plan.blocks, strict=True):
-        everything = slice(None)
-        for entry in site.entry:
-            inside = model.get_submodule(entry).named_modules()
-            for name in [f"{entry}.{name}" for name, module in inside if isinstance(module, nn.Linear)]:
-                yield name, name, everything
-        yield site.qkv, site.qkv, qkv_rows(site, block)
-        yield site.proj, f"{site.name}.{site.norm2}", everything
-        yield site.fc1, site.fc1, list(block.mlp_hidden.indices)
-        yield site.fc2, site.name, everything
+    index = index_map(model, groups_of(model), plan)
+    every: list[int] | slice = slice(None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".downsample." in name:
+            yield name, name, every
+    for group in groups_of(model):
+        for slot in () if group.wide else group.writers:
+            if isinstance(owner_of(model, slot.owner), nn.Linear):
+                yield slot.owner, slot.owner, index.get(f"{slot.owner}.weight", {}).get(0, every)
+        for slot in () if group.wide else group.readers:
+            yield slot.owner, (slot.owner if group.stream is None else group.behind or group.block), every
     names = {module: name for name, module in model.named_modules()}
     for classifier in classifiers(model):
-        yield names[classifier], names[classifier], slice(None)
+        yield names[classifier], names[classifier], every
 
 
 def seen(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
     """What a linear or a block puts out, or what a norm takes in."""
     found: list[torch.Tensor] = []
     module = model.get_submodule(name)
+    if isinstance(module, nn.Linear):
+        with watching(model, {name: lambda taken, put: found.append(put)}):
+            model(images)
+        return found[0].double()
     takes_in = isinstance(module, nn.LayerNorm)
-
-    def see(module: nn.Module, taken: tuple[torch.Tensor, ...], put: torch.Tensor) -> None:
-        found.append(taken[0] if takes_in else put)
-
-    hook = module.register_forward_hook(see)
+    hook = module.register_forward_hook(lambda module, taken, put: found.append(taken[0] if takes_in else put))
     model(images)
     hook.remove()
     return found[0].double()
@@ -235,14 +241,21 @@ def seen(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
 def test_refit_of_a_plan_that_keeps_all_changes_nothing(tiny: Tiny):
     model = tiny.model()
     plan = full_plan(model, "tiny")
-    refitted = refit_(cut(model, plan), model, sites(model), plan, [tiny.images()])
+    refitted = refit_(cut(model, plan), model, ordered_groups(model, tiny), plan, [tiny.images()])
     assert torch.equal(refitted(tiny.images()), model(tiny.images()))
 
 
-def test_a_dense_block_costs_its_widths(tiny: Tiny):
-    for site in sites(tiny.model()):
-        attention = site.attn_tokens * (
-            4 * site.width * site.heads * site.head_dim + 2 * site.window_tokens * site.heads * site.head_dim
-        )
-        mlp = 2 * site.tokens * site.width * site.hidden
-        assert widths_macs(site, dense_widths(site)) == attention + mlp
+@pytest.mark.parametrize("label", ["vit", "swin_padded"])
+def test_a_dense_branch_costs_what_the_formula_says(label: str):
+    """The second route: A D (2 Q + V) + A T (Q + V) + A V D for attention, 2 N D H for an MLP."""
+    tiny = next(tiny for tiny in TINY if tiny.label == label)
+    cost = cost_of(tiny.model(), tiny.input_size)
+    widths = dense_widths(cost.contract.groups)
+    tokens, padded, window = (5, 5, 5) if label == "vit" else (196, 225, 25)
+    block = next(iter(cost.contract.blocks))
+    assert cost.of_site(f"{block}.attn", widths) == padded * (4 * 24 * 24 + 2 * window * 24)
+    assert cost.of_site(f"{block}.mlp", widths) == 2 * tokens * 24 * 96
+
+
+def ordered_groups(model: nn.Module, tiny: Tiny) -> tuple[Group, ...]:
+    return contract_of(model, tiny.input_size).groups

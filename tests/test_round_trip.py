@@ -8,7 +8,7 @@ import torch
 
 from kcrprune.artifact.artifact import save_model
 from kcrprune.plan import Preprocessing
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 from tests.conftest import TINY, random_plan
 
 READ = """
@@ -31,7 +31,7 @@ def test_a_fresh_process_without_training_code_computes_the_same(tmp_path: Path)
             folder.mkdir()
             model = tiny.model(seed)
             plan = random_plan(model, tiny.architecture.name, seed)
-            pruned = apply_plan_(model, plan).eval()
+            pruned = cut_(model, plan).eval()
             save_model(
                 folder / "model.safetensors",
                 pruned,

@@ -17,7 +17,7 @@ from torch import nn
 from kcrprune.atomic import taken, write_atomically
 from kcrprune.checkpoints.inference import mlp_ratio
 from kcrprune.errors import ExportError, OutputExistsError
-from kcrprune.plan import Architecture, BlockPlan, ChannelPlan, Preprocessing
+from kcrprune.plan import Architecture, ChannelPlan, Kept, Preprocessing
 
 TOLERANCE: Final = 1e-5  # ours; relative to the largest output
 
@@ -99,31 +99,29 @@ def timm_arguments(architecture: Architecture, plan: ChannelPlan | None) -> dict
     arguments = dict(architecture.arguments)
     if plan is None or plan.is_all:
         return arguments
-    if not all(_is_sayable(block) for block in plan.blocks):
+    if not all(kept.is_all for kept in plan.groups if kept.axis != "mlp_hidden"):
         raise ExportError(
             "timm has arguments for a cut of mlp_hidden alone; cut with --axes mlp_hidden, or export a .pt2"
         )
-    ratios = [_ratio(blocks) for blocks in _stages(plan)]
+    ratios = [_ratio(hidden, plan) for hidden in _stages(plan)]
     arguments["mlp_ratio"] = list(ratios) if architecture.family == "swin" else ratios[0]
     return arguments
 
 
-def _is_sayable(block: BlockPlan) -> bool:
-    return all(kept.is_all for kept in (block.mlp_io, block.heads, *block.attn_query, *block.attn_value))
-
-
-def _stages(plan: ChannelPlan) -> list[list[BlockPlan]]:
-    """The blocks by stage: a ViT's are called blocks.<n>, a Swin's layers.<stage>.blocks.<n>."""
-    stages: dict[str, list[BlockPlan]] = {}
-    for block in plan.blocks:
-        stages.setdefault(block.site.rpartition(".blocks.")[0], []).append(block)
+def _stages(plan: ChannelPlan) -> list[list[Kept]]:
+    """The hidden units of the blocks by stage: a ViT's are called blocks.<n>, a Swin's layers.<stage>.blocks.<n>."""
+    stages: dict[str, list[Kept]] = {}
+    for kept in plan.groups:
+        if kept.axis == "mlp_hidden":
+            stages.setdefault(kept.block.rpartition(".blocks.")[0], []).append(kept)
     return list(stages.values())
 
 
-def _ratio(blocks: list[BlockPlan]) -> float:
-    widths = {len(block.mlp_hidden.indices) for block in blocks}
+def _ratio(hidden: list[Kept], plan: ChannelPlan) -> float:
+    widths = {kept.kept_width for kept in hidden}
     if len(widths) != 1:
         raise ExportError(
             f"timm wants one MLP width for these blocks, the plan has {sorted(widths)}; export a .pt2 or ONNX file"
         )
-    return mlp_ratio(widths.pop(), blocks[0].mlp_io.width)
+    stream = next(kept.width for kept in plan.groups if kept.key == (hidden[0].site, "mlp_io"))
+    return mlp_ratio(widths.pop(), stream)

@@ -49,7 +49,7 @@ class SlimWindowV2(SlimAttention, WindowAttentionV2):
         return self.project(self.attend_in_windows(q, self.unit(k), v, bias, mask))
 
     def unit(self, x: Tensor) -> Tensor:
-        """x (B, h, N, d) over its length in the channels that are open."""
+        """The vectors of x (B, h, N, d) over its length in the channels that are open."""
         if self.query_gate is None:
             return F.normalize(x, dim=-1)
         return x / (x * self.gated(x)).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
@@ -74,7 +74,7 @@ class SlimEva(SlimAttention, EvaAttention):
         return self.project(self.norm(self.attend(q, k, v, attn_mask, is_causal=is_causal)))
 
     def turned(self, x: Tensor, rope: Tensor | None) -> Tensor:
-        """x (B, h, N, query_dim) with the rotations of the channels that it keeps."""
+        """The vectors of x (B, h, N, query_dim) with the rotations of the channels that it keeps."""
         if rope is None:
             return x
         if self.channels is not None:

@@ -23,7 +23,7 @@ Basis = Literal["free", "orthogonal", "fixed"]
 class Slot:
     """Where the channels of a group lie in one dimension of one owner: channel c of head h at start + h * stride + c.
 
-    The owner is a module with a weight (a linear, a norm; its bias goes with dimension 0) or a bare parameter or buffer.
+    The owner is a module with a weight (a linear, a norm; its bias goes with dimension 0), or a bare tensor.
     """
 
     owner: str  # dotted name

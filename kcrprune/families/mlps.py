@@ -9,7 +9,7 @@ from kcrprune.families.contract import Group, Rule, Slot
 
 
 def _rule(*writers: str, packed: bool = False) -> Rule:
-    """The rule of an MLP of linears: `writers`, a norm where there is one, and `fc2`; packed: one writer of both halves."""
+    """The rule of an MLP: `writers`, a norm where there is one, and fc2; packed: one writer of two halves."""
 
     def groups(site: str, module: nn.Module) -> tuple[Group, ...]:
         mlp: Any = module

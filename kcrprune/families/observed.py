@@ -35,7 +35,7 @@ class Watch(TorchFunctionMode):
         return result
 
 
-class Reached(Exception):
+class ReachedError(Exception):
     """Ends a forward pass where what was wanted has been seen."""
 
 

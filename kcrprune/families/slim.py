@@ -64,7 +64,7 @@ class SlimAttention(nn.Module):
         return None if self.query_gate is None else self.query_gate().unflatten(-1, (self.num_heads, -1)).unsqueeze(-2)
 
     def gated(self, x: Tensor) -> Tensor:
-        """x (B, h, N, query_dim) times the gate of q and k; an image's windows lie in adjacent rows."""
+        """The product of x (B, h, N, query_dim) and the gate of q and k; an image's windows lie in adjacent rows."""
         gate = self.opened()
         if gate is None:
             return x

@@ -1,4 +1,4 @@
-"""Dense to pruned and back: matrices shrink as a plan says, by one map of indices over the slots of all groups.
+"""Dense to pruned and back: matrices shrink as a plan says, by one index map over the slots of all groups.
 
 No mask remains in a pruned network. Written back into dense shape it computes the same, and can be scored and cut again.
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.errors import UnsupportedModelError
-from kcrprune.families.observed import Reached, watching
+from kcrprune.families.observed import ReachedError, watching
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise Reached
+        raise ReachedError
 
     hook = model.get_submodule(name).register_forward_pre_hook(stop)
     try:
         model(*inputs)
-    except Reached:
+    except ReachedError:
         pass
     finally:
         hook.remove()
@@ -105,12 +105,12 @@ def read_by(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
 
     def stop(read: Tensor, put: Tensor) -> None:
         seen.append(read)
-        raise Reached
+        raise ReachedError
 
     try:
         with watching(model, {name: stop}):
             model(*inputs)
-    except Reached:
+    except ReachedError:
         pass
     return seen[0]
 

@@ -3,8 +3,9 @@
 Block after block, on the features that the already cut network produces: the linears that write to the residual
 stream (readers of groups) are fitted so that the cut network's stream comes back to the dense network's; those that
 read it (writers of groups, the merging of patches), so that what they kept of their outputs comes back to the dense
-network's, as do readers that no stream is known for; last the classifier, to the dense network's logits. Every fit corrects the errors made so far as well, so it pays behind a cut
-further up as much as behind one of its own. No training, no labels, one pass.
+network's, as do readers that no stream is known for; last the classifier, to the dense network's logits. Every fit
+corrects the errors made so far as well, so it pays behind a cut further up as much as behind one of its own. No
+training, no labels, one pass.
 The closed form is that of optimal brain surgeon and its descendants (ZipLM, SlimGPT, CORP).
 
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.

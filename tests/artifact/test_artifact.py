@@ -13,7 +13,7 @@ from safetensors import safe_open
 from kcrprune.artifact.artifact import KEY, open_model, save_model
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
 from kcrprune.plan import Preprocessing
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 from tests.conftest import Tiny, random_plan
 
 PREPROCESSING = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.875)
@@ -24,7 +24,7 @@ def save(path: Path, tiny: Tiny, *, seed: int | None = 1) -> torch.nn.Module:
     model = tiny.model()
     plan = None if seed is None else random_plan(model, tiny.architecture.name, seed)
     if plan is not None:
-        apply_plan_(model, plan)
+        cut_(model, plan)
     save_model(
         path,
         model,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.artifact.portable import save_for_timm, save_program, timm_arguments
 from kcrprune.errors import ExportError, OutputExistsError
 from kcrprune.plan import ChannelPlan, Kept, Preprocessing
-from kcrprune.surgery.pruned import apply_plan_, full_plan
+from kcrprune.surgery.narrow import cut_, full_plan
 from tests.conftest import TINY, Tiny, random_plan
 
 PREPROCESSING = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.875)
@@ -24,12 +25,18 @@ BY_LABEL = {tiny.label: tiny for tiny in TINY}
 def uniform_plan(model: nn.Module, tiny: Tiny, share: float = 0.4) -> ChannelPlan:
     """A plan that cuts the same share of hidden units in every block."""
     plan = full_plan(model, tiny.architecture.name)
-    blocks = []
-    for block in plan.blocks:
-        width = block.mlp_hidden.width
-        kept = Kept(width=width, indices=tuple(range(1, 1 + int(share * width))))
-        blocks.append(block.model_copy(update={"mlp_hidden": kept}))
-    return plan.model_copy(update={"blocks": tuple(blocks)})
+    return with_hidden(plan, lambda kept: range(1, 1 + int(share * kept.width)))
+
+
+def with_hidden(plan: ChannelPlan, units: Callable[[Kept], Iterable[int]], block: str = "") -> ChannelPlan:
+    """The plan with other hidden units, of all blocks or of one."""
+    groups = [
+        kept.model_copy(update={"channels": (tuple(units(kept)),)})
+        if kept.axis == "mlp_hidden" and block in ("", kept.block)
+        else kept
+        for kept in plan.groups
+    ]
+    return plan.model_copy(update={"groups": tuple(groups)})
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it exports
@@ -37,7 +44,7 @@ def uniform_plan(model: nn.Module, tiny: Tiny, share: float = 0.4) -> ChannelPla
 def test_a_program_runs_with_torch_alone(label, tmp_path):
     tiny = BY_LABEL[label]
     model = tiny.model()
-    apply_plan_(model, random_plan(model, tiny.architecture.name, 1))
+    cut_(model, random_plan(model, tiny.architecture.name, 1))
     save_program(tmp_path / "model.pt2", model, input_size=tiny.input_size)
     torch.save(tiny.images(5), tmp_path / "images.pt")
     program = (
@@ -78,7 +85,7 @@ def save(folder, tiny: Tiny, plan: ChannelPlan, model: nn.Module) -> None:
 def test_timm_opens_a_network_with_thinner_mlps(tiny, tmp_path):
     model = tiny.model()
     plan = uniform_plan(model, tiny)
-    apply_plan_(model, plan)
+    cut_(model, plan)
     save(tmp_path / "folder", tiny, plan, model)
     opened = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     assert torch.equal(opened(tiny.images()), model(tiny.images()))
@@ -92,9 +99,8 @@ def test_a_swin_may_have_another_width_in_each_stage(tmp_path):
     tiny = BY_LABEL["swin"]
     model = tiny.model()
     plan = uniform_plan(model, tiny)
-    last = plan.blocks[-1].model_copy(update={"mlp_hidden": Kept(width=192, indices=tuple(range(7)))})
-    plan = plan.model_copy(update={"blocks": (*plan.blocks[:-1], last)})
-    apply_plan_(model, plan)
+    plan = with_hidden(plan, lambda kept: range(7), "layers.1.blocks.0")
+    cut_(model, plan)
     save(tmp_path / "folder", tiny, plan, model)
     opened = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     assert torch.equal(opened(tiny.images()), model(tiny.images()))
@@ -106,9 +112,8 @@ def test_what_timm_cannot_say_is_refused(tiny_vit, tmp_path):
     with pytest.raises(ExportError, match="a cut of mlp_hidden alone"):
         save(tmp_path / "folder", tiny_vit, plan, model)
     uneven = uniform_plan(model, tiny_vit)
-    whole = uneven.blocks[0].model_copy(update={"mlp_hidden": Kept.all_of(96)})
     with pytest.raises(ExportError, match=r"the plan has \[38, 96\]"):
-        timm_arguments(tiny_vit.architecture, uneven.model_copy(update={"blocks": (whole, *uneven.blocks[1:])}))
+        timm_arguments(tiny_vit.architecture, with_hidden(uneven, lambda kept: range(96), "blocks.0"))
     other = replace(tiny_vit, architecture=tiny_vit.architecture.model_copy(update={"norm_eps": 1e-12}))
     with pytest.raises(ExportError, match="epsilon 1e-12"):
         save(tmp_path / "folder", other, uneven, model)

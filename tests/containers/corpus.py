@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from kcrprune.artifact.artifact import save_model
 from kcrprune.plan import Architecture, Preprocessing
-from kcrprune.surgery.pruned import full_plan
+from kcrprune.surgery.narrow import full_plan
 from tests.checkpoints import ways
 from tests.graphs import graphs
 

@@ -19,7 +19,7 @@ from kcrprune.graphs.counted import graph_macs
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import block_widths
 from kcrprune.plan import Preprocessing, canonical_json
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 from tests.conftest import TINY, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
@@ -33,7 +33,7 @@ def network(label):
     tiny = BY_LABEL[name]
     model = tiny.model()
     plan = random_plan(model, tiny.architecture.name, seed=1) if state == "pruned" else None
-    return tiny, apply_plan_(model, plan) if plan else model, plan
+    return tiny, cut_(model, plan) if plan else model, plan
 
 
 @pytest.fixture(scope="module", params=EXPORTED)

@@ -8,29 +8,29 @@ from torch import Tensor, nn
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
-from kcrprune.families import BlockSite, sites
+from kcrprune.families import Group, groups_of
+from kcrprune.families.observed import watching
 from kcrprune.plan import Axis
-from kcrprune.surgery.gated import add_gates_, remove_gates_
+from kcrprune.surgery.gated import remove_gates_
+from kcrprune.surgery.partial import read_by, real_tokens
 from kcrprune.surgery.swap import linear_at, swap_
-from kcrprune.surgery.tokens import input_of, real_tokens
-from kcrprune.training.innovations import LinearMoments, innovations_of
-from tests.conftest import TINY, Tiny, relative_error
+from kcrprune.training.innovations import LinearMoments, innovations_of, refitted_readers
+from tests.conftest import TINY, Tiny, gated, open_groups, relative_error
 
 AXES: tuple[Axis, ...] = ("mlp_hidden", "attn_query", "attn_value")
 
 
-def open_axes(found: tuple[BlockSite, ...], axes: tuple[Axis, ...] = AXES) -> dict[str, list[Axis]]:
-    return {site.name: [axis for axis in site.axes if axis in axes] for site in found}
+def found_in(model: nn.Module, batches: list[Tensor], axes: tuple[Axis, ...] = AXES):
+    return innovations_of(model, open_groups(model, axes), batches, torch.Generator().manual_seed(0))
 
 
-def seen_by(model: nn.Module, site: BlockSite, name: str, images: Tensor) -> Tensor:
-    """The inputs (tokens, I) of a linear, without window padding."""
-    with torch.no_grad():
-        x = input_of(model, name, images).flatten(0, -2)
-        if name != site.proj:
-            return x
-        stream = input_of(model, site.name, images)
-        return x[real_tokens(model.get_submodule(site.name), site, stream)]
+@torch.no_grad()
+def seen_by(model: nn.Module, group: Group, images: Tensor) -> Tensor:
+    """The inputs (tokens, I) of a reader, without window padding where the stream tells of it."""
+    x = read_by(model, group.readers[0].owner, images).flatten(0, -2)
+    if group.axis != "attn_value" or group.stream is None:
+        return x
+    return x[real_tokens(model, group.stream, group.site, images)]
 
 
 @pytest.mark.parametrize("axes", [AXES, ("mlp_io", "mlp_hidden", "heads"), ("attn_query",)])
@@ -39,11 +39,11 @@ def test_open_gates_leave_and_return_the_network(tiny: Tiny, axes: tuple[Axis, .
     with torch.no_grad():
         expected = model(images)
     before = copy.deepcopy(model.state_dict())
-    allowed = open_axes(sites(model), axes)
-    found = innovations_of(model, allowed, sites(model), [tiny.images(8)], torch.Generator().manual_seed(0))
+    found = found_in(model, [tiny.images(8)], axes)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert len(found) == sum(("mlp_hidden" in a) + ("attn_value" in a and "heads" not in a) for a in allowed.values())
-    gates = add_gates_(model, axes, innovations=found)
+    wanted = [group for group in open_groups(model, axes) if group.axis in ("mlp_hidden", "attn_value")]
+    assert len(found) == len(wanted)
+    gates = gated(model, axes, innovations=found)
     with torch.no_grad():
         assert relative_error(model(images), expected) <= 1e-5
     remove_gates_(model, gates)
@@ -55,25 +55,22 @@ def test_open_gates_leave_and_return_the_network(tiny: Tiny, axes: tuple[Axis, .
 def test_moments_are_those_of_the_tokens_that_count(tiny: Tiny):
     model = tiny.model()
     batches = [tiny.images(3, 1), tiny.images(5, 2)]
-    found = innovations_of(model, open_axes(sites(model)), sites(model), batches, torch.Generator().manual_seed(0))
-    for site in sites(model):
-        for name in (site.fc2, site.proj):
-            if name in found:
-                x = seen_by(model, site, name, torch.cat(batches)).double()
-                residuals = (x - x.mean(0)) @ found[name].analysis.double().T
-                moments = torch.cov(residuals.T, correction=0)
-                off_diagonal = moments - torch.diag(moments.diagonal())
-                assert torch.allclose(found[name].mean.double(), x.mean(0), atol=1e-4)
-                assert off_diagonal.abs().max() <= 0.02 * moments.diagonal().max()
+    found = found_in(model, batches)
+    for name, group in refitted_readers(open_groups(model, AXES)).items():
+        x = seen_by(model, group, torch.cat(batches)).double()
+        residuals = (x - x.mean(0)) @ found[name].analysis.double().T
+        moments = torch.cov(residuals.T, correction=0)
+        off_diagonal = moments - torch.diag(moments.diagonal())
+        assert torch.allclose(found[name].mean.double(), x.mean(0), atol=1e-4)
+        assert off_diagonal.abs().max() <= 0.02 * moments.diagonal().max()
 
 
 def test_gradients_are_those_of_autograd(tiny_vit: Tiny):
     model = tiny_vit.model()
     linear = linear_at(model, "blocks.0.mlp.fc2")
     sums = LinearMoments(linear)
-    hook = linear.register_forward_hook(sums.see_inputs)
-    loss = model(tiny_vit.images(4)).square().sum()
-    hook.remove()
+    with watching(model, {"blocks.0.mlp.fc2": sums.see_inputs}):
+        loss = model(tiny_vit.images(4)).square().sum()
     assert sums.output is not None
     gradient, bias = torch.autograd.grad(loss, [sums.output, linear.bias])
     sums.see_gradient(gradient)
@@ -88,7 +85,7 @@ def test_a_large_mean_costs_no_digits():
     x = 1e3 + 1e-2 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
     sums = LinearMoments(linear)
     for batch in x.split(100):
-        sums.see_inputs(linear, (batch,), linear(batch))
+        sums.see_inputs(batch, linear(batch))
     mean, covariance = sums.mean_and_covariance()
     assert torch.allclose(covariance, torch.cov(x.double().T, correction=0), rtol=0.02, atol=1e-7)
     assert torch.allclose(mean, x.double().mean(0))
@@ -96,41 +93,41 @@ def test_a_large_mean_costs_no_digits():
     assert torch.allclose(moment, x.double().T @ x.double() / 400)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
 @torch.no_grad()
-def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny):
+def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny, per_image: bool):
+    """One product of weights for gates that all images share, products of tokens for gates of each image: the same."""
     model = tiny.model()
-    site, images = sites(model)[0], tiny.images(16)
-    allowed: dict[str, list[Axis]] = {site.name: ["mlp_hidden"]}
+    group, images = next(g for g in groups_of(model) if g.axis == "mlp_hidden"), tiny.images(16)
+    name = group.readers[0].owner
     with torch.enable_grad():
-        found = innovations_of(model, allowed, sites(model), [images], torch.Generator().manual_seed(0))
-    x = input_of(model, site.fc2, images).flatten(0, -2).double()
-    first = found[site.fc2].analysis.ne(0).sum(1).argsort(descending=True)[: site.hidden // 2]  # predicted by most
-    gated = copy.deepcopy(model)
-    gates = add_gates_(gated, ["mlp_hidden"], innovations=found)
-    for gate_site, _, gate in gates:
-        gate.harden_(torch.ones_like(gate.logits).index_fill(0, first, 0) if gate_site == site else gate.value)
-    kept = torch.ones(site.hidden, dtype=torch.bool).index_fill(0, first, False)
+        found = innovations_of(model, [group], [images], torch.Generator().manual_seed(0))
+    x = read_by(model, name, images).flatten(0, -2).double()
+    first = found[name].analysis.ne(0).sum(1).argsort(descending=True)[: group.width // 2]  # predicted by most
+    network = copy.deepcopy(model)
+    gates = gated(network, ["mlp_hidden"], innovations=found)
+    mask = torch.ones_like(gates.logits)
+    mask[gates.slices[group.key].start + first] = 0
+    gates.harden_(mask.expand(16, -1) if per_image else mask)
+    kept = torch.ones(group.width, dtype=torch.bool).index_fill(0, first, False)
     design = torch.cat([x[:, kept], torch.ones(len(x), 1)], dim=1)
-    old = linear_at(model, site.fc2)
+    old = linear_at(model, name)
     solution = torch.linalg.lstsq(design, old(x.float()).double()).solution.float()  # (I + 1, O)
-    refitted = nn.Linear(site.hidden, old.out_features)
+    refitted = nn.Linear(group.width, old.out_features)
     refitted.weight.zero_()
     refitted.weight[:, kept] = solution[:-1].T
     refitted.bias.copy_(solution[-1])
-    swap_(model, site.fc2, refitted)
-    assert relative_error(gated(images), model(images)) <= 0.02
+    swap_(model, name, refitted)
+    assert relative_error(network(images), model(images)) <= 0.02
 
 
 def test_a_linear_without_a_bias_has_no_mean_to_keep():
     tiny = TINY[0]
     model = tiny.model()
-    site = sites(model)[0]
-    linear_at(model, site.fc2).register_parameter("bias", None)
-    found = innovations_of(
-        model, open_axes(sites(model)), sites(model), [tiny.images(8)], torch.Generator().manual_seed(0)
-    )
-    assert (found[site.fc2].mean == 0).all()
-    assert (found[site.proj].mean != 0).any()
+    linear_at(model, "blocks.0.mlp.fc2").register_parameter("bias", None)
+    found = found_in(model, [tiny.images(8)])
+    assert (found["blocks.0.mlp.fc2"].mean == 0).all()
+    assert (found["blocks.0.attn.proj"].mean != 0).any()
 
 
 def test_the_ranking_follows_the_refit():

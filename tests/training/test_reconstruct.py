@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kcrprune.config import load_config
 from kcrprune.errors import ConfigError
-from kcrprune.families import sites
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.families import contract_of
+from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.reconstruct import Reconstruction
 from tests.conftest import TINY, Tiny, random_plan
@@ -44,7 +44,14 @@ def test_no_block_ends_farther_from_the_dense_stream_than_its_refit(tiny: Tiny, 
     model, images = tiny.model(seed), tiny.images(24, seed)
     plan = random_plan(model, "tiny", seed)
     watched = Watched(lr=3e-3)
-    refit_(apply_plan_(copy.deepcopy(model), plan), model, sites(model), plan, images.split(8), fit_block=watched)
+    refit_(
+        cut_(copy.deepcopy(model), plan),
+        model,
+        contract_of(model, tiny.input_size).groups,
+        plan,
+        images.split(8),
+        fit_block=watched,
+    )
     assert all(after <= before * (1 + 1e-6) for before, after in watched.errors)
 
 
@@ -52,16 +59,31 @@ def test_blocks_that_lost_much_come_nearer(tiny: Tiny):
     model, images = tiny.model(), tiny.images(32)
     plan = random_plan(model, "tiny", 1)
     watched = Watched(lr=1e-3)
-    refit_(apply_plan_(copy.deepcopy(model), plan), model, sites(model), plan, images.split(8), fit_block=watched)
+    refit_(
+        cut_(copy.deepcopy(model), plan),
+        model,
+        contract_of(model, tiny.input_size).groups,
+        plan,
+        images.split(8),
+        fit_block=watched,
+    )
     assert watched.errors
     assert all(after < before for before, after in watched.errors if before > 1e-6)
 
 
 def test_weights_that_end_farther_away_are_put_back():
-    model, images = TINY[0].model(), TINY[0].images(16)
+    tiny = TINY[0]
+    model, images = tiny.model(), tiny.images(16)
     plan = random_plan(model, "tiny", 1)
     networks = [
-        refit_(apply_plan_(copy.deepcopy(model), plan), model, sites(model), plan, images.split(8), fit_block=fit)
+        refit_(
+            cut_(copy.deepcopy(model), plan),
+            model,
+            contract_of(model, tiny.input_size).groups,
+            plan,
+            images.split(8),
+            fit_block=fit,
+        )
         for fit in (None, reconstruction(lr=10))
     ]
     refitted, diverged = (network.state_dict() for network in networks)

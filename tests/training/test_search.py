@@ -4,21 +4,21 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Event, StepDone
-from kcrprune.measure.macs import count_macs
-from kcrprune.method.budget import expected_macs
 from kcrprune.method.kernel_complexity import relative_tnn
 from kcrprune.method.objective import Objective, feature_distance, logit_distance
-from kcrprune.surgery.gated import add_gates_
+from kcrprune.method.shift import ExpectedMacs
+from kcrprune.plan import AXES, Axis
 from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
-from kcrprune.training.search import learned_scores, search_, shift_to_budget_, start_logits_
-from tests.conftest import Tiny
+from kcrprune.training.search import learned_scores, search_, start_logits_
+from tests.conftest import Tiny, cost_of, gated
 
 CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_weight=0.5, kernel_every=2)
 
@@ -30,15 +30,15 @@ def batches(tiny: Tiny, seed: int = 0) -> DataLoader:
 
 def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
     dense = tiny.model()
-    macs = count_macs(dense, tiny.input_size)
+    cost = cost_of(dense, tiny.input_size)
     model = copy.deepcopy(dense)
-    gates = add_gates_(model, config.axes)
+    gates = gated(model, config.axes)
     scores = fisher_scores(model, gates, [tiny.images(4)], torch.Generator().manual_seed(0))
     found = search_(
         model,
         gates,
         scores,
-        macs,
+        cost,
         make_objective(config, dense, labelled=True),
         config,
         open_accelerator("cpu", "fp32"),
@@ -48,7 +48,7 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
         steps=5,
         listener=events.append,
     )
-    return dense, model, gates, found, macs
+    return dense, model, gates, found
 
 
 def test_the_budget_is_met_at_every_step_and_every_figure_is_told(tiny: Tiny):
@@ -65,11 +65,10 @@ def test_the_budget_is_met_at_every_step_and_every_figure_is_told(tiny: Tiny):
 
 def test_same_seed_same_logits_and_frozen_weights(tiny_vit: Tiny):
     first, second = (searched(tiny_vit, CONFIG, []) for _ in range(2))
-    for (_, _, a), (_, _, b) in zip(first[2], second[2], strict=True):
-        assert torch.equal(a.logits, b.logits)
+    assert torch.equal(first[2].logits, second[2].logits)
     dense, model = first[0].state_dict(), first[1].state_dict()
     assert all(torch.equal(dense[name], model[name]) for name in dense)
-    assert not torch.equal(first[2].parameters()[0], torch.zeros_like(first[2].parameters()[0]))
+    assert first[2].logits.any()
 
 
 def test_weights_learn_when_they_are_asked_to(tiny_vit: Tiny):
@@ -80,16 +79,17 @@ def test_weights_learn_when_they_are_asked_to(tiny_vit: Tiny):
 
 def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(tiny_vit: Tiny):
     model = tiny_vit.model()
-    macs = count_macs(model, tiny_vit.input_size)
-    gates = add_gates_(model, CONFIG.axes)
+    cost = cost_of(model, tiny_vit.input_size)
+    gates = gated(model, CONFIG.axes)
     scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
-    scale = start_logits_(gates, scores, spread=8.0)
-    shift_to_budget_(gates, macs, 0.75)
-    assert float(expected_macs(macs, gates).detach()) == pytest.approx(0.75 * macs, rel=1e-4)
-    back = learned_scores(gates, scale)
+    scale = start_logits_(gates, scores, cost, spread=8.0)
+    expected = ExpectedMacs(cost, gates)
+    expected.shift_(gates.logits.data, 0.75 * cost.dense)
+    assert float(expected(gates.logits.detach())) == pytest.approx(0.75 * cost.dense, rel=1e-4)
+    back = learned_scores(gates, cost, scale)
     ratios = []
-    for site, axis, _ in gates:
-        given, returned = scores[site.name][axis].flatten().double(), back[site.name][axis].flatten()
+    for key, score in scores.items():
+        given, returned = score.flatten().double(), back[key].flatten()
         order = given.argsort()
         assert (returned[order].diff() >= 0).all()
         ratios.append(returned / given)
@@ -99,16 +99,58 @@ def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(ti
 
 def test_channels_that_are_worth_nothing_leave_the_others_their_spread(tiny_vit: Tiny):
     model = tiny_vit.model()
-    gates = add_gates_(model, CONFIG.axes)
+    cost = cost_of(model, tiny_vit.input_size)
+    gates = gated(model, CONFIG.axes)
     scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
-    for axes in scores.values():
-        for score in axes.values():
-            score.view(-1)[::3] = 0  # cut by an earlier stage
-    start_logits_(gates, scores, spread=8.0)
-    logits = torch.cat([gate.logits.detach() for _, _, gate in gates])
-    worth = torch.cat([scores[site.name][axis].flatten() for site, axis, _ in gates]) > 0
+    for score in scores.values():
+        score.view(-1)[::3] = 0  # cut by an earlier stage
+    start_logits_(gates, scores, cost, spread=8.0)
+    logits, worth = gates.logits.detach(), gates.flat(scores) > 0
     assert float(logits[worth].std()) == pytest.approx(8.0, rel=0.1)
     assert (logits[~worth] == -24).all()
+
+
+@pytest.mark.parametrize("axes", [("mlp_hidden", "attn_query", "attn_value"), AXES], ids=["default", "every"])
+def test_one_shift_is_that_of_a_bisection_in_few_operators(tiny: Tiny, axes: tuple[Axis, ...]):
+    cost = cost_of(tiny.model(), tiny.input_size)
+    gates = gated(tiny.model(), axes)
+    expected, target = ExpectedMacs(cost, gates), 0.8 * cost.dense
+    gates.logits.data.normal_(std=3, generator=torch.Generator().manual_seed(0))
+    low, high, start = -100.0, 100.0, gates.logits.detach().double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float(expected(start + middle)) > target else (middle, high)
+    logits = gates.logits.detach().clone()
+    expected.shift_(logits, target)
+    assert torch.allclose(logits.double(), start + low, atol=1e-5)
+    moved = logits + 0.05 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    with Operators() as counted:
+        expected.shift_(moved, target, 1.01 * (moved - logits).abs().max() + 1e-6, rounds=5)
+    assert float(expected(moved)) == pytest.approx(target, rel=1e-5)
+    assert counted.count < 100
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that do work; views do none."""
+
+    VIEWS = (
+        "view",
+        "_unsafe_view",
+        "detach",
+        "expand",
+        "slice",
+        "select",
+        "t",
+        "transpose",
+        "alias",
+        "unsqueeze",
+        "split",
+    )
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
 
 
 def test_several_processes_are_refused(monkeypatch):
