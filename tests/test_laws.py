@@ -61,7 +61,7 @@ def test_predicted_macs_are_counted_macs_by_two_counters(tiny: Tiny, seed: int):
     model = tiny.model()
     plan = random_plan(model, "tiny", seed)
     pruned = cut(model, plan)
-    predicted = cost_of(model, tiny.input_size).predicted(plan)
+    predicted = cost_of(model, tiny).predicted(plan)
     assert predicted == count_macs(pruned, tiny.input_size)
     assert predicted == second_count(pruned, tiny)
 
@@ -80,7 +80,7 @@ def second_count(model: nn.Module, tiny: Tiny) -> int:
 @torch.no_grad()
 def test_expected_macs_of_hard_gates_are_the_plans(tiny: Tiny, seed: int):
     model = tiny.model()
-    cost, plan = cost_of(model, tiny.input_size), random_plan(model, "tiny", seed)
+    cost, plan = cost_of(model, tiny), random_plan(model, "tiny", seed)
     gates = gated(copy.deepcopy(model))
     logits = (plan_mask(gates, plan) * 2 - 1) * 100  # probabilities of exactly 0 and 1
     assert int(ExpectedMacs(cost, gates)(logits).round()) == cost.predicted(plan)
@@ -131,8 +131,8 @@ def test_balanced_moments_are_equal_diagonal_and_sorted(tiny: Tiny):
         moments = head_moments(model, pairs, batches)
     for group in pairs:
         query, key = moments[group.key].first, moments[group.key].second
-        both = sum(m / m.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (query, key))
-        both = both if group.basis == "orthogonal" else query
+        shares = [m / m.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for m in (query, key)]
+        both = shares[0] + shares[1] if group.basis == "orthogonal" else query
         diagonal = both.diagonal(dim1=1, dim2=2)
         scale = diagonal.max()
         assert (both - torch.diag_embed(diagonal)).abs().max() <= 1e-4 * scale
@@ -227,11 +227,13 @@ def seen(model: nn.Module, name: str, images: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
     module = model.get_submodule(name)
     if isinstance(module, nn.Linear):
-        with watching(model, {name: lambda taken, put: found.append(put)}):
+        with watching(model, {name: lambda taken, put: found.append(taken)}):
             model(images)
-        return found[0].double()
+        return nn.functional.linear(found[0], module.weight, module.bias).double()  # without biases beside it
     takes_in = isinstance(module, nn.LayerNorm)
-    hook = module.register_forward_hook(lambda module, taken, put: found.append(taken[0] if takes_in else put))
+    hook = module.register_forward_hook(
+        lambda module, taken, put: found.append(cast(torch.Tensor, taken[0] if takes_in else put))
+    )
     model(images)
     hook.remove()
     return found[0].double()
@@ -249,7 +251,7 @@ def test_refit_of_a_plan_that_keeps_all_changes_nothing(tiny: Tiny):
 def test_a_dense_branch_costs_what_the_formula_says(label: str):
     """The second route: A D (2 Q + V) + A T (Q + V) + A V D for attention, 2 N D H for an MLP."""
     tiny = next(tiny for tiny in TINY if tiny.label == label)
-    cost = cost_of(tiny.model(), tiny.input_size)
+    cost = cost_of(tiny.model(), tiny)
     widths = dense_widths(cost.contract.groups)
     tokens, padded, window = (5, 5, 5) if label == "vit" else (196, 225, 25)
     block = next(iter(cost.contract.blocks))

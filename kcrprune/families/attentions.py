@@ -67,7 +67,8 @@ class SlimEva(SlimAttention, EvaAttention):
     ) -> Tensor:
         """Self-attention over (B, N, D); `rope` (N without prefix, 2 d), or (h, N without prefix, 2 d)."""
         if self.qkv is None:
-            q, k, v = (self.by_head(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+            parts: Any = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = (self.by_head(part(x)) for part in parts)
         else:
             q, k, v = self.split(_with_biases(self, x))
         q, k = (self.turned(part, rope) for part in (self.q_norm(q), self.k_norm(k)))

@@ -35,7 +35,7 @@ class SlimAttention(nn.Module):
     @classmethod
     def of(cls, dense: nn.Module) -> Self:
         """A slim attention that shares the parts of a dense one and computes the same."""
-        slim = copy.copy(dense)
+        slim: Any = copy.copy(dense)
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             slim.__dict__[shared] = copy.copy(dense.__dict__[shared])
         slim.__class__ = cls
@@ -83,7 +83,7 @@ class SlimAttention(nn.Module):
 
     def _pads(self) -> bool:
         """Whether one width is better: a kernel of two widths falls back to plain products (CPU and GPU alike)."""
-        return self.pad and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+        return self.pad and not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
 
     def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         """Attention inside windows (B * windows, h, N, d) with bias (h, N, N) and mask (windows, N, N)."""

@@ -35,8 +35,10 @@ def dense_widths(groups: Sequence[Group]) -> dict[Key, int]:
 
 def plan_widths(plan: ChannelPlan) -> dict[Key, int]:
     """What a plan leaves of them."""
-    widths: dict[Key, int] = {kept.key: kept.kept_width for kept in plan.groups}
-    return widths | {(kept.site, "heads"): len(kept.kept_heads) for kept in plan.groups if kept.axis in PER_HEAD}
+    heads: dict[Key, int] = {
+        (kept.site, "heads"): len(kept.kept_heads) for kept in plan.groups if kept.axis in PER_HEAD
+    }
+    return {kept.key: kept.kept_width for kept in plan.groups} | heads
 
 
 def with_width(widths: Widths, key: Key, width: int) -> dict[Key, int]:

@@ -9,7 +9,7 @@ Letters: h heads, d channels of a head, X and Y the (d, d) second moments of the
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -94,11 +94,14 @@ def head_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable[Te
 
 @contextmanager
 def _all_watched(model: nn.Module, seen: Mapping[str, Sequence[See]]) -> Iterator[None]:
-    def both(sees: Sequence[See]) -> See:
-        return lambda inputs, output: [see(inputs, output) for see in sees] and None
+    def each(sees: Sequence[See]) -> See:
+        def see_all(inputs: Tensor, output: Tensor) -> None:
+            for see in sees:
+                see(inputs, output)
 
-    with ExitStack() as stack:
-        stack.enter_context(watching(model, {name: both(sees) for name, sees in seen.items()}))
+        return see_all
+
+    with watching(model, {name: each(sees) for name, sees in seen.items()}):
         yield
 
 

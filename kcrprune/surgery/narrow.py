@@ -1,6 +1,6 @@
-"""Dense to pruned and back: matrices shrink as a plan says, by one index map over the slots of all groups.
+"""Dense to pruned and back: matrices shrink as a plan says, by one index map over slots.
 
-No mask remains in a pruned network. Written back into dense shape it computes the same, and can be scored and cut again.
+No mask remains in a pruned network. Written back into dense shape it computes the same, and can be scored again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,7 +139,8 @@ def index_map(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> I
         kept = entries[group.key]
         for slot in (*group.writers, *group.readers):
             leave_out(slot, positions(slot, keep_all(group)) - positions(slot, kept))
-    sizes = {name: owner_of(model, name).shape for name in gone}  # type: ignore[union-attr]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    sizes = {name: tensors[name].shape for name in gone}
     return {
         name: {dim: [i for i in range(sizes[name][dim]) if i not in lost] for dim, lost in dims.items()}
         for name, dims in gone.items()

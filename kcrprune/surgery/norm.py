@@ -1,6 +1,7 @@
 """A norm over the channels of a group while some of them are closed."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class GatedNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, gate: Callable[[], Tensor] | None = None, open: Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, getattr(norm, "bias", None), norm.eps
+        dense: Any = norm
+        self.weight, self.bias, self.eps = dense.weight, getattr(dense, "bias", None), dense.eps
         self.centred = isinstance(norm, nn.LayerNorm)
         self.gate = gate
         self.register_buffer("open", open, persistent=False)  # a gate that stays: a cut network in dense shape

@@ -40,4 +40,6 @@ def test_the_widths_of_a_plan_are_those_of_its_blocks(tiny):
     assert [block.dense for block in cut] == [block.kept for block in dense]
     widths = plan_widths(plan)
     for block in cut:
-        assert block.kept == {axis: width for (site, axis), width in widths.items() if site.startswith(f"{block.site}.")}
+        assert block.kept == {
+            axis: width for (site, axis), width in widths.items() if site.startswith(f"{block.site}.")
+        }

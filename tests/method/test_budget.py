@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcrprune.errors import BudgetError
-from kcrprune.families import Group
+from kcrprune.families import Group, Key
 from kcrprune.families.contract import Contract
 from kcrprune.method.budget import WINDOW, Allowed, Scores, require_reachable, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, kept_count, plan_widths
@@ -25,8 +25,10 @@ VIT, SWIN, SMALL = (384, 1536, 6, 64, 197, 197), (96, 384, 3, 32, 3136, 49), (16
 def block(name: str, width: int, hidden: int, heads: int, dim: int, tokens: int, window: int):
     """The groups of one block and the terms of its cost, written down from the formula."""
     attn, mlp = f"{name}.attn", f"{name}.mlp"
-    query, value = ({(attn, axis): 1} for axis in PER_HEAD)
-    io, inner = {(mlp, "mlp_io"): 1}, {(mlp, "mlp_hidden"): 1}
+    query: dict[Key, int] = {(attn, "attn_query"): 1}
+    value: dict[Key, int] = {(attn, "attn_value"): 1}
+    io: dict[Key, int] = {(mlp, "mlp_io"): 1}
+    inner: dict[Key, int] = {(mlp, "mlp_hidden"): 1}
     groups = (
         *(Group(attn, axis, heads, dim) for axis in PER_HEAD),
         Group(attn, "heads", 1, heads),
@@ -35,7 +37,7 @@ def block(name: str, width: int, hidden: int, heads: int, dim: int, tokens: int,
     )
     terms = {
         attn: (
-            Term(tokens, Side(0, {key: 2 for key in query} | value), Side(width)),  # qkv
+            Term(tokens, Side(0, {**dict.fromkeys(query, 2), **value}), Side(width)),  # qkv
             Term(tokens, Side(width), Side(0, value)),  # proj
             Term(tokens * window, Side(0, query | value), Side(1)),
         ),
@@ -153,7 +155,7 @@ def test_blocks_outside_the_open_axes_stay_whole():
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.label)
 def test_a_tiny_network_meets_its_target_from_below(tiny: Tiny):
-    cost = cost_of(tiny.model(), tiny.input_size)
+    cost = cost_of(tiny.model(), tiny)
     groups = cost.contract.groups
     allowed = Allowed(cost, groups, frozenset(group.key for group in groups if not group.whole))
     target = max(0.7, allowed.floor() / cost.dense + 0.05)

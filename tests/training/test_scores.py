@@ -70,7 +70,7 @@ def test_a_backbone_without_a_head_is_scored_on_its_features(tiny_vit: Tiny):
 
 @pytest.mark.parametrize("kind", ["magnitude", "random"])
 def test_baseline_scores_have_the_shapes_of_the_fisher_ones(tiny: Tiny, kind: str):
-    cost = cost_of(tiny.model(), tiny.input_size)
+    cost = cost_of(tiny.model(), tiny)
     model, gates, fisher = scored(tiny, tiny.images())
     baseline = (
         magnitude_scores(model, gates, cost.contract.groups)
@@ -81,7 +81,7 @@ def test_baseline_scores_have_the_shapes_of_the_fisher_ones(tiny: Tiny, kind: st
 
 
 def test_equal_scores_start_every_gate_undecided(tiny: Tiny):
-    cost = cost_of(tiny.model(), tiny.input_size)
+    cost = cost_of(tiny.model(), tiny)
     gates = gated(tiny.model())
     assert start_logits_(gates, equal_scores(gates, cost), cost, spread=8.0) == 1.0
     assert (gates.logits == 0).all()

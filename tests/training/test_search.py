@@ -30,7 +30,7 @@ def batches(tiny: Tiny, seed: int = 0) -> DataLoader:
 
 def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
     dense = tiny.model()
-    cost = cost_of(dense, tiny.input_size)
+    cost = cost_of(dense, tiny)
     model = copy.deepcopy(dense)
     gates = gated(model, config.axes)
     scores = fisher_scores(model, gates, [tiny.images(4)], torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def test_weights_learn_when_they_are_asked_to(tiny_vit: Tiny):
 
 def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(tiny_vit: Tiny):
     model = tiny_vit.model()
-    cost = cost_of(model, tiny_vit.input_size)
+    cost = cost_of(model, tiny_vit)
     gates = gated(model, CONFIG.axes)
     scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
     scale = start_logits_(gates, scores, cost, spread=8.0)
@@ -99,7 +99,7 @@ def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(ti
 
 def test_channels_that_are_worth_nothing_leave_the_others_their_spread(tiny_vit: Tiny):
     model = tiny_vit.model()
-    cost = cost_of(model, tiny_vit.input_size)
+    cost = cost_of(model, tiny_vit)
     gates = gated(model, CONFIG.axes)
     scores = fisher_scores(model, gates, [tiny_vit.images(4)], torch.Generator().manual_seed(0))
     for score in scores.values():
@@ -112,7 +112,7 @@ def test_channels_that_are_worth_nothing_leave_the_others_their_spread(tiny_vit:
 
 @pytest.mark.parametrize("axes", [("mlp_hidden", "attn_query", "attn_value"), AXES], ids=["default", "every"])
 def test_one_shift_is_that_of_a_bisection_in_few_operators(tiny: Tiny, axes: tuple[Axis, ...]):
-    cost = cost_of(tiny.model(), tiny.input_size)
+    cost = cost_of(tiny.model(), tiny)
     gates = gated(tiny.model(), axes)
     expected, target = ExpectedMacs(cost, gates), 0.8 * cost.dense
     gates.logits.data.normal_(std=3, generator=torch.Generator().manual_seed(0))
