@@ -37,7 +37,7 @@ from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
-from kcrprune.training.data import open_images
+from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.scores import fisher_scores
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
 from kcrprune.artifact.checkpoint import open_model, save_model
@@ -32,10 +31,11 @@ from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
-from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
+from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
-from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.loop import HeldOut, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
@@ -57,7 +57,6 @@ class Run:
     def load(self, checkpoint: Path) -> None:
         """Opens the network and the images; refuses what cannot work."""
         config = self.config
-        torch.manual_seed(config.seed)
         self.accelerator = open_accelerator(config.device, config.precision)
         self.opened = open_for_run(checkpoint, config)
         if self.opened.plan is not None:
@@ -166,23 +165,28 @@ class Run:
         )
 
     def _score(self, model: nn.Module) -> Scores:
-        generator = torch.Generator().manual_seed(self.config.seed)
         ranking = self.config.ranking
         if ranking == "innovation":
             with self.stage("order"):
                 self.innovations = innovations_of(
-                    model, self.purse.open_axes, self.purse.sites, self.parts.scoring, generator
+                    model,
+                    self.purse.open_axes,
+                    self.purse.sites,
+                    self.parts.scoring,
+                    generator(self.config.seed, "order", 0, "labels"),
                 )
         gates = self._gate_(model)
         with self.stage("score"):
             if ranking == "magnitude":
                 scores = magnitude_scores(model, gates)
             elif ranking == "random":
-                scores = random_scores(gates, generator)
+                scores = random_scores(gates, generator(self.config.seed, "score", 0, "scores"))
             elif ranking == "equal":
                 scores = equal_scores(gates)
             else:
-                scores = fisher_scores(model, gates, self.parts.scoring, generator)
+                scores = fisher_scores(
+                    model, gates, self.parts.scoring, generator(self.config.seed, "score", 0, "labels")
+                )
         remove_gates_(model, gates)
         if not any(score.any() for of_site in scores.values() for score in of_site.values()):
             raise CheckpointError(
@@ -213,8 +217,8 @@ class Run:
                 self._objective(),
                 config,
                 self.accelerator,
-                endless(self.parts.weights),
-                endless(self.parts.gates),
+                self.parts.weights.from_step(0),
+                self.parts.gates.from_step(0),
                 self.covariance,
                 steps=steps,
                 listener=self.listener,
@@ -250,8 +254,7 @@ class Run:
 
     def _refit(self, pruned: nn.Module, plan: ChannelPlan, name: str) -> None:
         stage, config = f"refit ({name})", self.config
-        generator = torch.Generator().manual_seed(config.seed)
-        reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, generator)
+        reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, config.seed, stage)
         with self.stage(stage, len(self.purse.sites)):
             refit_(
                 pruned,
@@ -280,7 +283,7 @@ class Run:
                 self._objective(),
                 config,
                 self.accelerator,
-                endless(self.parts.training),
+                self.parts.training.from_step(0),
                 self.parts.held_out,
                 self.covariance,
                 steps=steps,

@@ -15,9 +15,10 @@ from kcrprune.pipeline import runs
 from kcrprune.pipeline.describe import class_count, file_bytes, report_path
 from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.plan import AXES, Axis
-from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
+from kcrprune.training.images.batches import in_order
+from kcrprune.training.images.sets import open_evaluation
 from kcrprune.training.loop import open_accelerator
 
 RECIPES = ("default", "paper")  # those that open different axes
@@ -78,7 +79,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
         split=config.val_split,
         class_map=config.class_map,
     )
-    batches = loader(images, config.batch_size, shuffle=False, seed=config.seed, workers=config.workers)
+    batches = in_order(images, config.batch_size, workers=config.workers)
     return evaluate_on(predict, batches, listener=listener)
 
 

@@ -1,7 +1,7 @@
-"""What every training stage shares: the device, an endless stream of batches, a watch on the kernel."""
+"""What every training stage shares: the device, the losses, a watch on the kernel."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -46,12 +46,6 @@ def _available_device(device: str) -> str:
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
         raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
     return device
-
-
-def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch of (images, labels)."""
-    while True:
-        yield from batches
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Randomness by address: every draw follows from where it is made, and from nothing that was drawn before.
 
-An address is a seed, a stage, a step of it and what is drawn there. Its hash seeds a fresh generator, which nobody keeps:
-a run that goes on at some step, with more or fewer processes that load images, draws what it would have drawn.
+An address is a seed, a stage, a step of it and what is drawn there. Its hash seeds a fresh generator, which nobody
+keeps: a run that goes on at some step, with more or fewer processes that load images, draws what it would have drawn.
 """
 
 import random

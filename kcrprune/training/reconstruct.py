@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kcrprune.training.randomness import generator
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -19,7 +21,8 @@ class Reconstruction:
 
     epochs: int  # passes over the calibration images
     lr: float  # of Adam, first; it falls to zero along a line
-    generator: torch.Generator  # of the order of the batches
+    seed: int
+    stage: str  # with the seed and the epoch it is the address of the order of the batches
 
     def __call__(self, block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """Lowers the squared difference of `block(before)` and `target`, batch by batch of streams in memory.
@@ -32,8 +35,9 @@ class Reconstruction:
         steps = self.epochs * len(before)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         first, start = copy.deepcopy(block.state_dict()), stream_error(block, before, target)
-        for _ in range(self.epochs):
-            for index in torch.randperm(len(before), generator=self.generator).tolist():
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(before), generator=generator(self.seed, self.stage, epoch, "order"))
+            for index in order.tolist():
                 with torch.enable_grad():
                     loss = _squares(block, before[index], target[index]).mean()
                 for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):

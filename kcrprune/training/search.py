@@ -7,6 +7,7 @@ budget is met at all times, by construction.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from kcrprune.method.gates import Gates, temperature_at
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.training.loop import KernelWatch
+from kcrprune.training.randomness import generator
 
 LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
@@ -52,7 +54,7 @@ def search_(
 
     `covariance` is that of the dense network's features.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    noise = partial(generator, config.seed, "search")
     scale = start_logits_(gates, scores, config.search_spread)
     shift_to_budget_(gates, dense_macs, config.target_flops)
     weights = [p for p in model.parameters() if all(p is not logits for logits in gates.parameters())]
@@ -66,10 +68,10 @@ def search_(
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
         figures: dict[str, float] = {}
         if config.search_weight_lr > 0:
-            gates.sample_(temperature, generator)
+            gates.sample_(temperature, noise(step, "gates of a weight step"))
             moved = _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
             figures = {f"weights_{name}": value for name, value in moved.parts.items()}
-        gates.sample_(temperature, generator)
+        gates.sample_(temperature, noise(step, "gates"))
         loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
         shift_to_budget_(gates, dense_macs, config.target_flops)
         share = float(expected_macs(dense_macs, gates).detach()) / dense_macs

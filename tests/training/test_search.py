@@ -1,6 +1,7 @@
 """The search meets its budget at every step, repeats bit for bit, and recovery never ends worse."""
 
 import copy
+from itertools import cycle
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kcrprune.method.budget import expected_macs
 from kcrprune.method.kernel_complexity import relative_tnn
 from kcrprune.method.objective import Objective, feature_distance, logit_distance
 from kcrprune.surgery.gated import add_gates_
-from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.loop import feature_covariance, make_objective, open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
 from kcrprune.training.search import learned_scores, search_, shift_to_budget_, start_logits_
@@ -42,8 +43,8 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event]):
         make_objective(config, dense, labelled=True),
         config,
         open_accelerator("cpu", "fp32"),
-        endless(batches(tiny, 1)),
-        endless(batches(tiny, 2)),
+        cycle(batches(tiny, 1)),
+        cycle(batches(tiny, 2)),
         feature_covariance(dense, [tiny.images(8)]),
         steps=5,
         listener=events.append,
@@ -131,7 +132,7 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
         objective,
         config,
         open_accelerator("cpu", "fp32"),
-        endless(batches(tiny)),
+        cycle(batches(tiny)),
         batches(tiny, 7),
         feature_covariance(dense, [tiny.images(8)]),
         steps=8,
@@ -158,7 +159,7 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(
         make_objective(config, dense, labelled=True),
         config,
         open_accelerator("cpu", "fp32"),
-        endless(batches(tiny_vit)),
+        cycle(batches(tiny_vit)),
         batches(tiny_vit, 7),
         feature_covariance(dense, [tiny_vit.images(8)]),
         steps=4,

@@ -1,38 +1,32 @@
-"""The images of a run: the training, calibration and evaluation sets as tensors, their batches and their parts."""
+"""The images of a run: its training, calibration and evaluation set."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import torch
-from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.plan import Preprocessing
-from kcrprune.training.generate import GeneratedImages
-from kcrprune.training.sources import (
+from kcrprune.training.images.folders import (
     EVALUATION_FOLDERS,
     TRAIN_FOLDERS,
-    Source,
     existing,
     open_folder,
     open_folders,
-    open_named,
-    open_stream,
     split_folder,
 )
+from kcrprune.training.images.generated import GeneratedImages
+from kcrprune.training.images.named import open_named, open_stream
+from kcrprune.training.images.parts import split
+from kcrprune.training.images.source import Source
+from kcrprune.training.images.transforms import Transform, evaluation_transform, training_transform
 
 HELD_OUT: Final = 0.1  # share of the training images that is evaluated on where there is no evaluation set
 GENERATED_HELD_OUT: Final = 1 / 8  # further generated images, to evaluate on, as a share of those trained on
 STREAMED: Final = 4096  # images of a stream (WebDataset and the like) that a run trains on; they are kept in memory
-SHIFT: Final = 1 / 8  # largest shift by the augmentation, as a share of the side: 4 of 32 pixels, as usual for CIFAR
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,9 @@ def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: in
     told = f"{_length(held_out):,} to evaluate on"
     if evaluation is None:
         share = 1 - HELD_OUT if len(training) > 1 else 1.0
-        train, _ = split(train, share, config.seed)
-        calibrate, _ = split(calibrate, share, config.seed)
-        _, held_out = split(held_out, share, config.seed)
+        train, _ = split(train, share, config.seed, "evaluation")
+        calibrate, _ = split(calibrate, share, config.seed, "evaluation")
+        _, held_out = split(held_out, share, config.seed, "evaluation")
         told = f"{_length(held_out):,} of the training set held out to evaluate on"
     return Images(
         train=train,
@@ -112,42 +106,6 @@ def open_evaluation(
     return Pictures(source, transform, labelled=source.labelled)
 
 
-def loader(
-    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int, workers: int = 0, drop_last: bool = False
-) -> DataLoader:
-    """Batches of (images, labels); order and, with a fixed number of workers, augmentation follow from the seed."""
-    stream = isinstance(dataset, IterableDataset)
-    return _Loader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle and not stream,
-        drop_last=drop_last,
-        num_workers=0 if stream else workers,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Two disjoint parts of `dataset`, the first with `share` of it; drawn by the seed, each in the original order."""
-    order = _shuffled(dataset, seed)
-    count = round(share * len(order))
-    return Subset(dataset, sorted(order[:count])), Subset(dataset, sorted(order[count:]))
-
-
-def sample(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """`count` images of `dataset`, drawn by the seed, in the original order; all of them where there are no more."""
-    return Subset(dataset, sorted(_shuffled(dataset, seed)[:count]))
-
-
-def _shuffled(dataset: Dataset, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(dataset), generator=generator).tolist()  # type: ignore[arg-type]
-
-
-def _length(dataset: Dataset) -> int:
-    return len(dataset)  # type: ignore[arg-type]
-
-
 class Pictures(Dataset):
     """The images of a source as tensors; labels are -1 where they are not used."""
 
@@ -160,69 +118,6 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.source.read(index)
         return self.transform(image), label if self.labelled else -1
-
-
-def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The evaluation transform of timm; an image that has the input's size already is neither scaled nor cut."""
-    steps = _timm_steps(preprocessing)
-    as_it_is, scaled = transforms.Compose(steps[2:]), transforms.Compose(steps)
-    return _BySize(preprocessing, as_it_is, scaled)
-
-
-def training_transform(preprocessing: Preprocessing, hflip: float = 0.5) -> Transform:
-    """The evaluation transform with a random shift in place of the centre crop, and a share `hflip` of images mirrored.
-
-    Gentle on purpose: a refitted network wants the images that its dense network knows, and larger changes of scale
-    cost accuracy in trials.
-    """
-    resize, _, *to_tensor = _timm_steps(preprocessing)
-    height, width = preprocessing.input_size[1:]
-    margin = round(min(height, width) * (1 / preprocessing.crop_pct - 1) / 2)  # what the centre crop cuts off
-
-    def steps(first: list[Any], padding: int) -> Transform:
-        crop = transforms.RandomCrop((height, width), padding, pad_if_needed=True, padding_mode="reflect")
-        return transforms.Compose([*first, crop, transforms.RandomHorizontalFlip(hflip), *to_tensor])
-
-    shift = round(SHIFT * min(height, width))
-    return _BySize(preprocessing, steps([], shift), steps([resize], max(0, shift - margin)))
-
-
-def _timm_steps(preprocessing: Preprocessing) -> list[Any]:
-    """Resize, centre crop, tensor, normalisation."""
-    transform: Any = create_transform(
-        preprocessing.input_size,
-        is_training=False,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        crop_pct=preprocessing.crop_pct,
-        crop_mode=preprocessing.crop_mode,
-    )
-    return transform.transforms
-
-
-@dataclass(frozen=True)
-class _BySize:
-    """One transform for images of the input's size, another for all others."""
-
-    preprocessing: Preprocessing
-    same: Transform
-    other: Transform
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        height, width = self.preprocessing.input_size[1:]
-        return self.same(image) if image.size == (width, height) else self.other(image)
-
-
-class _Loader(DataLoader):
-    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
-
-    def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
 
 
 class _Generated(Dataset):
@@ -270,3 +165,7 @@ def _sources(config: RunConfig, channels: int) -> tuple[Source, Source | None]:
         return open_named(config.dataset, config.data, split_name, config.class_map, channels, keep=STREAMED)
 
     return named(config.train_split), named(config.val_split) if config.val_split else None
+
+
+def _length(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]
