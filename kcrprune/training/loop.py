@@ -62,7 +62,7 @@ def feature_covariance(
         for images in batches:
             model(images.to(device))
             features = seen.take()
-            covariance = covariance or Covariance(features.shape[1])
+            covariance = covariance or Covariance.empty(features.shape[1], features.device)
             covariance.add_(features)
     assert covariance is not None, "no images"
     if not covariance.finite:
@@ -91,7 +91,7 @@ class KernelWatch:
     def see_(self, features: Tensor) -> dict[str, float]:
         """Takes in the features (batch, d) of one step; returns KC over the last steps when it is renewed."""
         if self.steps % self.every == 0:
-            self.seen = Covariance(features.shape[1])
+            self.seen = Covariance.empty(features.shape[1], features.device)
         self.seen.add_(features)
         self.steps += 1
         if self.steps % self.every != 0:
