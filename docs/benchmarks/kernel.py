@@ -49,7 +49,8 @@ from kcrprune.method.kernel_complexity import (
 from kcrprune.pipeline.network import purse_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.pruned import apply_plan_
-from kcrprune.training.loop import KernelWatch, feature_covariance, make_objective
+from kcrprune.training.features import KernelWatch, feature_covariance
+from kcrprune.training.losses import make_objective
 from kcrprune.training.search import shift_to_budget_
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k

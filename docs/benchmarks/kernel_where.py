@@ -37,8 +37,10 @@ from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
 from kcrprune.training.evaluate import Evaluation, evaluate
+from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
-from kcrprune.training.loop import feature_covariance, make_objective, open_accelerator
+from kcrprune.training.losses import make_objective
+from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 
 log = logging.getLogger("kernel_where")

@@ -26,7 +26,8 @@ from kcrprune.events import ignore
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
 from kcrprune.pipeline.run import Run
-from kcrprune.training.loop import feature_covariance, make_objective
+from kcrprune.training.features import feature_covariance
+from kcrprune.training.losses import make_objective
 from kcrprune.training.recover import recover_
 
 BYTES = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss

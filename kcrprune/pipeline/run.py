@@ -32,9 +32,11 @@ from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
+from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
-from kcrprune.training.loop import HeldOut, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.losses import HeldOut, make_objective
+from kcrprune.training.precision import open_accelerator
 from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.recover import Recovered, recover_
@@ -299,7 +301,9 @@ class Run:
             "held_out_after": found.loss_after,
             "kept_step": found.kept_step,
         }
-        if found.kept_step == 0:
+        if found.stopped:
+            self._say(f"{found.stopped}; the best network from before was kept", True)
+        elif found.kept_step == 0:
             self._say("recovery did not lower the held-out loss; the network before it was kept")
 
     def _save(

@@ -19,7 +19,7 @@ from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
 from kcrprune.training.images.batches import in_order
 from kcrprune.training.images.sets import open_evaluation
-from kcrprune.training.loop import open_accelerator
+from kcrprune.training.precision import open_accelerator
 
 RECIPES = ("default", "paper")  # those that open different axes
 

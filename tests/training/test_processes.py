@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import spawn
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
 from kcrprune.method.sums import Sums
-from kcrprune.training.loop import KernelWatch
+from kcrprune.training.features import KernelWatch
 
 SPLITS = ((0, 7), (7, 20))  # of unequal size
 EVERY = 2
