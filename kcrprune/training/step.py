@@ -63,6 +63,7 @@ class Training:
                 self._take_(row)
 
     def _take_(self, row: dict[str, float]) -> None:
+        self.history.append(row)
         step, figures = int(row["step"]), {name: value for name, value in row.items() if name != "step"}
         for name, value in figures.items():
             if not isfinite(value):
@@ -70,7 +71,6 @@ class Training:
                     f"{self.stage}, step {step}: {name} is {value}, so the training diverged; a lower learning rate "
                     "may help, unless the weights or the images hold such values themselves"
                 )
-        self.history.append(figures | {"step": step})
         self.listener(StepDone(self.stage, step, figures))
 
     def _learned(self) -> list[Tensor]:
