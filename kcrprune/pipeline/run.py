@@ -67,10 +67,12 @@ class Run:
         self.macs = count_macs(self.dense, self.opened.preprocessing.input_size)
         self.purse = purse_of(self.dense, self.macs, config)
         require_reachable(self.purse, config.target_flops)
-        self.images = open_images(config, self.opened.preprocessing, class_count(self.dense))
+        self.images = open_images(config, self.opened.preprocessing, class_count(self.dense), self.opened.class_names)
         self._say(
             f"{self.opened.architecture.name} ({self.opened.layout}), {self.macs:,} MACs, {self.images.description}"
         )
+        for note in self.images.notes:
+            self._say(note)
         for name, reason in config.without_effect().items():
             self._say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
         if self.images.generated:

@@ -11,7 +11,8 @@ from timm.data.dataset_factory import create_dataset
 from torch.utils.data import IterableDataset
 
 from kcrprune.errors import DataError
-from kcrprune.training.images.source import Source, first_line, mode_of
+from kcrprune.training.images.decode import first_line, in_mode
+from kcrprune.training.images.source import Source, mode_of
 
 
 class Stream(IterableDataset):
@@ -21,8 +22,8 @@ class Stream(IterableDataset):
         self.items, self.mode, self.transform = items, mode, transform
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        for image, label in self.items:
-            yield self.transform(image.convert(self.mode)), int(label)
+        for index, (image, label) in enumerate(self.items):
+            yield self.transform(in_mode(image, self.mode, f"image {index} of the stream")), int(label)
 
 
 def open_named(

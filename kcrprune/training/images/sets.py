@@ -1,5 +1,6 @@
 """The images of a run: its training, calibration and evaluation set."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,24 +44,30 @@ class Images:
     generated: bool
     class_names: tuple[str, ...] | None
     description: str
+    notes: tuple[str, ...] = ()  # what a user should know of them, a sentence each
 
 
-def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: int) -> Images:
+def open_images(
+    config: RunConfig, preprocessing: Preprocessing, num_classes: int, class_names: tuple[str, ...] | None = None
+) -> Images:
     """The images that a configuration names; DataError, in one sentence, for whatever is wrong with them.
 
-    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes;
-    a run that is told to ignore them still measures itself by them where they fit.
+    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes,
+    and are matched by name where it has `class_names` and no class map decides; a run that is told to ignore them
+    still measures itself by them where they fit.
     """
     if config.data is None and not config.dataset:
         return _generated_images(config, preprocessing)
     training, evaluation = _sources(config, preprocessing.input_size[0])
     labelled = config.labels and num_classes > 0 and training.labelled
+    names = None if config.class_map else class_names
     if labelled:
-        training.check_classes(num_classes)
+        training = training.for_network(num_classes, names)
     augmented, plain = training_transform(preprocessing, config.hflip), evaluation_transform(preprocessing)
     train, calibrate = Pictures(training, augmented, labelled=labelled), Pictures(training, plain, labelled=labelled)
-    measured = evaluation or training
-    held_out: Dataset = Pictures(measured, plain, labelled=measured.fits(num_classes))
+    names = names or (training.class_names if training.fits(num_classes) else None)
+    measured, known = _known(evaluation or training, num_classes, names, required=labelled)
+    held_out: Dataset = Pictures(measured, plain, labelled=known)
     told = f"{_length(held_out):,} to evaluate on"
     if evaluation is None:
         share = 1 - HELD_OUT if len(training) > 1 else 1.0
@@ -76,7 +83,26 @@ def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: in
         generated=False,
         class_names=training.class_names if labelled else None,
         description=f"{_length(train):,} {'labelled' if labelled else 'unlabelled'} images, {told}",
+        notes=tuple(_notes(training, evaluation, labelled=labelled)),
     )
+
+
+def _known(source: Source, num_classes: int, names: tuple[str, ...] | None, *, required: bool) -> tuple[Source, bool]:
+    """A source to measure on, and whether its labels say how good a network is; DataError if they must and do not."""
+    if not source.labelled:
+        return source, False
+    try:
+        return source.for_network(num_classes, names, some=True), True
+    except DataError:
+        if required:
+            raise
+        return source, False
+
+
+def _notes(training: Source, evaluation: Source | None, *, labelled: bool) -> Iterator[str]:
+    yield from (source.told for source in (training, evaluation) if source is not None and source.told)
+    if labelled and evaluation is not None and not evaluation.labelled:
+        yield f"top-1 cannot be measured: the images of {evaluation.place} have no labels, which are folders of classes"
 
 
 def open_evaluation(
@@ -87,8 +113,12 @@ def open_evaluation(
     dataset: str = "",
     split: str = "validation",
     class_map: str | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> Dataset:
-    """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes."""
+    """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes.
+
+    DataError where they have no labels, or none that fit; some of the `class_names` of a network suffice.
+    """
     channels, transform = preprocessing.input_size[0], evaluation_transform(preprocessing)
     if dataset:
         stream = open_stream(dataset, data, split, class_map, channels, transform)
@@ -101,9 +131,11 @@ def open_evaluation(
         if folder is None and split_folder(root, "", TRAIN_FOLDERS):
             raise DataError(f"{root} has training images and no folder 'validation'; name the folder to evaluate on")
         source = open_folder(folder or root, class_map, channels)
-    if num_classes is not None and source.labelled:
-        source.check_classes(num_classes)
-    return Pictures(source, transform, labelled=source.labelled)
+    if not source.labelled:
+        raise DataError(f"the images of {source.place} have no labels to evaluate by; give each class a folder")
+    if num_classes is not None:
+        source = source.for_network(num_classes, None if class_map else class_names, some=True)
+    return Pictures(source, transform, labelled=True)
 
 
 class Pictures(Dataset):
