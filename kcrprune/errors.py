@@ -5,6 +5,7 @@ KcrPruneError (1)
 |-- CheckpointError (3)         a file that cannot be read, or is not what it claims
 |-- UnsupportedModelError (4)   a network that no family covers, with the reason
 |-- DataError (5)               images or labels that do not fit
+|   `-- DivergedError           a training whose figures are no finite numbers any more
 |-- BudgetError (6)             a target that the open axes cannot reach
 |-- PlanMismatchError (7)       a plan made for another network
 |-- ExportError (8)             an exported graph that does not compute what the model does
@@ -40,6 +41,10 @@ class DataError(KcrPruneError):
     """Images or labels that are missing or do not fit the network."""
 
     exit_code = 5
+
+
+class DivergedError(DataError):
+    """A training whose loss, gradient or other figure is not a finite number."""
 
 
 class BudgetError(KcrPruneError):

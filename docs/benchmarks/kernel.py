@@ -49,7 +49,8 @@ from kcrprune.method.kernel_complexity import (
 from kcrprune.pipeline.network import purse_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.pruned import apply_plan_
-from kcrprune.training.loop import KernelWatch, feature_covariance, make_objective
+from kcrprune.training.features import KernelWatch, feature_covariance
+from kcrprune.training.losses import make_objective
 from kcrprune.training.search import shift_to_budget_
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
@@ -98,7 +99,7 @@ def at_imagenet_size(images: int) -> dict[str, float]:
     """CPU seconds of every part, and by how much the process grew."""
     generator = torch.Generator().manual_seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    covariance, seconds = Covariance(WIDTH), {"generate": 0.0, "stream": 0.0}
+    covariance, seconds = Covariance.empty(WIDTH), {"generate": 0.0, "stream": 0.0}
     for start in range(0, images, CHUNK):
         clock = time.process_time()
         chunk = decaying(min(CHUNK, images - start), WIDTH, 1.0, generator)
@@ -241,7 +242,7 @@ def kernel_parts(start: Covariance, config: RunConfig) -> dict[str, float]:
     basis = start.basis(rank_for(config.kernel_rank, start.images, width))
     objective = make_objective(config, nn.Identity(), labelled=True)
     watch = KernelWatch(objective, start, config.kernel_rank, config.kernel_every)
-    seen = Covariance(width)
+    seen = Covariance.empty(width)
     return {
         "term": repeated(lambda: relative_tnn(features, basis).backward(), 200),
         "accumulate": repeated(lambda: seen.add_(features), 200),
@@ -275,7 +276,7 @@ def nystrom_tnn(features: Tensor, rank: int, landmarks: Tensor) -> Tensor:
 
 def current_tnn(features: Tensor, rank: int) -> Tensor:
     """The separable TNN with the basis of these features themselves."""
-    return separable_tnn(features, Covariance(features.shape[1]).add_(features).basis(rank))
+    return separable_tnn(features, Covariance.empty(features.shape[1]).add_(features).basis(rank))
 
 
 def stepped_tnn(features: Tensor, basis: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def approximations(features: Tensor, rank: int, past: Sequence[Past]) -> list[di
 
     Nystrom's figures are medians over nine draws of the landmarks.
     """
-    exact = float(tails(Covariance(features.shape[1]).add_(features).spectrum())[rank])
+    exact = float(tails(Covariance.empty(features.shape[1]).add_(features).spectrum())[rank])
     rows = []
 
     def tell(way: str, actions: Sequence[Callable[[], Tensor]]) -> None:
@@ -322,7 +323,7 @@ def synthetic(images: int, width: int) -> dict[str, Any]:
         mixing = mixing + 0.01 * mixing.norm() * noise / noise.norm()
         if age in STALE:
             old = features @ mixing
-            past.append(Past(f"basis of {age} steps ago", Covariance(width).add_(old).basis(rank), old))
+            past.append(Past(f"basis of {age} steps ago", Covariance.empty(width).add_(old).basis(rank), old))
     rows = approximations(features, rank, past)
     return {"features": "synthetic", "images": images, "width": width, "rank": rank, "rows": rows}
 
@@ -337,7 +338,7 @@ def trained(network: Network, name: str, model: nn.Module, images: int) -> dict[
     for step, batch in zip(range(last), network.batches(images), strict=False):
         if last - step in STALE:
             old = features_of(arm.model, network.inputs[:images])
-            basis = Covariance(old.shape[1]).add_(old).basis(rank)
+            basis = Covariance.empty(old.shape[1]).add_(old).basis(rank)
             past.append(Past(f"basis of {last - step} steps ago", basis, old))
         if step == last - 1:
             assert arm.objective.basis is not None

@@ -37,8 +37,8 @@ from kcrprune.events import ignore
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
 from kcrprune.plan import ChannelPlan
-from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Evaluation, evaluate
+from kcrprune.training.images.sets import open_images
 
 NETWORKS = ("deit", "swin")
 SHARES = (1.0, 0.1, 0.01)  # of the training images

@@ -22,7 +22,6 @@ from time import perf_counter
 from typing import Any
 
 import fetch
-import torch
 from common import WEIGHTS, machine_facts
 from kernel_tables import mean_and_deviation, paired, with_error
 from kernel_term import TRAIN_BATCH, Workbench
@@ -37,9 +36,11 @@ from kcrprune.families import FeatureTap
 from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
-from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Evaluation, evaluate
-from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.features import feature_covariance
+from kcrprune.training.images.sets import open_images
+from kcrprune.training.losses import make_objective
+from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 
 log = logging.getLogger("kernel_where")
@@ -188,10 +189,9 @@ class Bench(Workbench):
         objective.tap = trial.tap
         if config.kernel_norm == "raw":
             objective.kernel_weight /= float(feature_covariance(dense, parts.calibration).matrix.trace())
-        torch.manual_seed(seed)
         start = perf_counter()
         recover_(
-            model, objective, config, accelerator, endless(parts.training), parts.held_out, covariance,
+            model, objective, config, accelerator, parts.training.from_step(0), parts.held_out, covariance,
             steps=protocol.steps, listener=ignore,
         )  # fmt: skip
         seconds = perf_counter() - start

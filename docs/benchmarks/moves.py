@@ -37,8 +37,9 @@ from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
-from kcrprune.training.data import open_images
+from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
+from kcrprune.training.randomness import generator
 from kcrprune.training.scores import fisher_scores
 
 FACTORS = (1 / 8, 1 / 2, 2, 8)
@@ -102,10 +103,11 @@ class Bench:
         self.dense_logits = [logits(self.dense, images) for images in self.images]
 
     def _scored(self, images: Sequence[Tensor], axes: Sequence, seed: int) -> Scores:
-        generator, model = torch.Generator().manual_seed(seed), copy.deepcopy(self.balanced)
-        found = innovations_of(model, self.purse.open_axes, self.purse.sites, images, generator)
+        model = copy.deepcopy(self.balanced)
+        labels = generator(seed, "order", 0, "labels")
+        found = innovations_of(model, self.purse.open_axes, self.purse.sites, images, labels)
         gates = add_gates_(model, axes, innovations=found)
-        scores = fisher_scores(model, gates, images, generator)
+        scores = fisher_scores(model, gates, images, generator(seed, "score", 0, "labels"))
         remove_gates_(model, gates)
         return scores
 

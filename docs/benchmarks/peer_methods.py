@@ -131,7 +131,6 @@ def torch_pruning(task: Task, *, inner: bool, taylor: bool) -> Pruned:
 
 def _gradients(dense: nn.Module, task: Task) -> dict[str, Tensor]:
     """Gradients of the cross-entropy with labels, summed over batches of training images."""
-    torch.manual_seed(task.run.config.seed)
     for images, labels in islice(task.run.parts.training, GRADIENT_BATCHES):
         F.cross_entropy(dense(images), labels).backward()
     found = {name: weight.grad for name, weight in dense.named_parameters() if weight.grad is not None}

@@ -26,7 +26,8 @@ from kcrprune.graphs import export_onnx, open_onnx
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
 from kcrprune.pipeline.run import Run
-from kcrprune.training.loop import endless, feature_covariance, make_objective
+from kcrprune.training.features import feature_covariance
+from kcrprune.training.losses import make_objective
 from kcrprune.training.recover import recover_
 
 BYTES = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
@@ -74,7 +75,7 @@ class Bench:
             data=str(data),
             seed=protocol.seed,
             batch_size=protocol.batch_size,
-            workers=0,  # augmentation then follows from torch's own seed, which is set before each recovery
+            workers=0,
             device="cpu",
             kernel_weight=0.0,  # a narrower residual stream has other features, so the term is not the same for all
         )
@@ -105,7 +106,6 @@ class Bench:
         yield {"macs": self.run.macs, "parameters": count_parameters(model)}
         top1 = 100 * float(self.hits(self.dense).float().mean())
         yield {"top1_before": top1, "top1": top1}
-        self._seed_()
         for batches in (islice(self.run.parts.training, self.protocol.steps), self.run.parts.held_out):
             for images, _ in batches:
                 self.dense(images)
@@ -158,14 +158,13 @@ class Bench:
         for rate in rates:
             model, config = copy.deepcopy(pruned), self.run.config.model_copy(update={"lr": rate})
             objective = make_objective(config, self.dense, labelled=self.run.images.labelled)  # type: ignore[arg-type]
-            self._seed_()
             start = perf_counter()
             found = recover_(
                 model,
                 objective,
                 config,
                 self.run.accelerator,
-                endless(self.run.parts.training),
+                self.run.parts.training.from_step(0),
                 self.run.parts.held_out,
                 covariance,
                 steps=self.protocol.steps,
@@ -176,11 +175,6 @@ class Bench:
             trained.append((model, done))
         model, best = min(trained, key=lambda pair: pair[1].loss_after)
         return model, best, tuple(recovery for _, recovery in trained)
-
-    def _seed_(self) -> None:
-        """The same training batches from here on, augmentation included."""
-        torch.manual_seed(self.protocol.seed)
-        self.run.parts.training.generator.manual_seed(self.protocol.seed)
 
     def _exported(self, model: nn.Module, name: str) -> Path:
         """The network as a graph that has been compared with it."""

@@ -29,8 +29,8 @@ from kcrprune.config import load_config
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
 from kcrprune.plan import Axis, ChannelPlan, Kept
-from kcrprune.training.data import open_images
-from kcrprune.training.loop import feature_covariance
+from kcrprune.training.features import feature_covariance
+from kcrprune.training.images.sets import open_images
 
 AXES: Mapping[Axis, str] = {
     "mlp_hidden": "hidden channels of the MLP, most kept first",

@@ -9,43 +9,28 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from kcrprune.method.sums import Sums
 
 
-class Covariance:
-    """C, streamed in float64: O(n d^2) work and O(d^2) memory at any n."""
+@dataclass
+class Covariance(Sums):
+    """C, streamed in float64 where the features are: O(n d^2) work and O(d^2) memory at any n."""
 
-    def __init__(self, features: int) -> None:
-        self.images = 0
-        self.total = torch.zeros(features, features, dtype=torch.float64)  # F^T F
+    total: Tensor  # F^T F (d, d)
+    images: int = 0
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device | str = "cpu") -> Self:
+        """That of no image."""
+        return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
 
     def add_(self, features: Tensor) -> Self:
         """Takes in features (batch, d)."""
-        batch = features.detach().to(torch.float64)
-        self.total += (batch.T @ batch).to(self.total.device)
+        batch = features.detach().double()
+        self.total += batch.T @ batch
         self.images += len(batch)
-        return self
-
-    def merge_(self, other: "Covariance") -> Self:
-        """Takes in what another process has seen."""
-        self.total += other.total
-        self.images += other.images
-        return self
-
-    def sum_over_processes_(self) -> Self:
-        """Takes in what every other process of the group has seen of its own images; alone, it changes nothing.
-
-        A collective call: all processes make it, and all end with the same sums, bit for bit. What was summed once
-        must not be summed again.
-        """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self
-        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # NCCL sums on GPUs alone
-        total = self.total.to(device)
-        images = torch.tensor(self.images, device=device)
-        distributed.all_reduce(total)
-        distributed.all_reduce(images)
-        self.total, self.images = total.to(self.total.device), int(images)
         return self
 
     @property
@@ -98,7 +83,9 @@ def kernel_complexity(spectrum: Tensor, images: int) -> KernelComplexity:
 
 
 def _smallest_bound(spectrum: Tensor, images: int) -> tuple[float, int]:
-    h = torch.arange(len(spectrum) + 1, dtype=torch.float64)  # beyond the spectrum the bound only grows
+    h = torch.arange(
+        len(spectrum) + 1, dtype=torch.float64, device=spectrum.device
+    )  # beyond the spectrum the bound only grows
     bounds = h / images + (tails(spectrum) / images).sqrt()
     smallest = int(bounds.argmin())
     return float(bounds[smallest]), smallest

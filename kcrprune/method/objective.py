@@ -4,8 +4,9 @@ L = task + kernel_weight * TNN. `task` is cross-entropy with labels (the paper),
 network (ours), or both. The budget is not a loss here: it is met by construction (see budget).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,21 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it is made of."""
+    """A loss and what it is made of; all but `total` is detached, and on the device of the network."""
 
     total: Tensor
-    parts: dict[str, float]
-    features: Tensor  # (batch, d), detached
+    parts: dict[str, Tensor]
+    features: Tensor  # (batch, d)
+
+    @classmethod
+    def mean(cls, losses: Sequence[tuple[float, Self]]) -> Self:
+        """That of a batch, from the losses of its parts with their shares of the images."""
+        if len(losses) == 1:
+            return losses[0][1]
+        total = torch.stack([share * loss.total for share, loss in losses]).sum()
+        names = losses[0][1].parts
+        parts = {name: torch.stack([share * loss.parts[name] for share, loss in losses]).sum() for name in names}
+        return cls(total, parts, torch.cat([loss.features for _, loss in losses]))
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Objective:
                 tnn = (relative_tnn if self.relative else separable_tnn)(features, self.basis)
             parts["kernel"] = tnn
             total = total + self.kernel_weight * tnn
-        figures = {"loss": float(total.detach())} | {name: float(part.detach()) for name, part in parts.items()}
+        figures = {name: part.detach() for name, part in ({"loss": total} | parts).items()}
         return Loss(total, figures, features.detach())
 
     def _task(self, model: nn.Module, output: Tensor, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from kcrprune.pipeline import runs
 from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.verbs import export
 from kcrprune.plan import Architecture, Preprocessing
+from kcrprune.training.randomness import seeded
 
 EPOCHS: Final = 25
 TRAIN_IMAGES: Final = 1437  # four fifths of the 1,797 digits
@@ -46,7 +47,8 @@ def demo(out: Path | None, listener: Listener) -> tuple[RunResult, ExportResult]
     folder = runs.choose_folder(out, Path("demo"), 0.5)
     with runs.appearing(folder) as working:
         _write_digits(working / "digits")
-        _train(working / "dense.safetensors", working / "digits" / "train", listener)
+        with seeded(0, "demo", 0, "dense network"):
+            _train(working / "dense.safetensors", working / "digits" / "train", listener)
     config = load_config(
         "default",
         flags={"data": str(folder / "digits"), "target_flops": 0.5, "hflip": 0.0, "device": "cpu", "workers": 0},
@@ -81,7 +83,6 @@ def _read_digits(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _train(path: Path, folder: Path, listener: Listener) -> None:
     """Trains the dense network: AdamW with a one-cycle rate, shifts by a pixel as augmentation."""
-    torch.manual_seed(0)
     images, labels = _read_digits(folder)
     model = build(ARCHITECTURE).train()
     batches = len(images) // 64

@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
-from kcrprune.training.data import Images, loader, sample, split
+from kcrprune.training.images.batches import Batches, in_order
+from kcrprune.training.images.parts import sample, split
+from kcrprune.training.images.sets import Images
 
 HELD_OUT = 512  # images, at most, that decide between plans and between weights
 
@@ -20,9 +22,9 @@ class Parts:
     `calibration` and `scoring` are batches (batch, C, H, W) in memory, the loaders give (images, labels).
     """
 
-    weights: DataLoader
-    gates: DataLoader
-    training: DataLoader
+    weights: Batches
+    gates: Batches
+    training: Batches
     calibration: list[Tensor]
     scoring: list[Tensor]
     held_out: DataLoader
@@ -33,19 +35,19 @@ def divide(images: Images, config: RunConfig) -> Parts:
     """Sets aside what decides; of the rest, gates and weights get a part each. DataError where a part is empty."""
     total = len(images.train)  # type: ignore[arg-type]
     rest = 1 - min(HELD_OUT, total // 5) / max(1, total)
-    training, _ = split(images.train, rest, config.seed)
-    plain, held_out = split(images.calibrate, rest, config.seed)
-    weights, gates = split(training, config.search_split, config.seed)
-    calibration = sample(plain, config.calibration_images, config.seed)
-    scoring = sample(calibration, config.score_images, config.seed)
+    training, _ = split(images.train, rest, config.seed, "held out")
+    plain, held_out = split(images.calibrate, rest, config.seed, "held out")
+    weights, gates = split(training, config.search_split, config.seed, "gates")
+    calibration = sample(plain, config.calibration_images, config.seed, "calibration")
+    scoring = sample(calibration, config.score_images, config.seed, "scoring")
     return Parts(
-        weights=_loader(weights, config, shuffle=True),
-        gates=_loader(gates, config, shuffle=True),
-        training=_loader(training, config, shuffle=True),
-        calibration=[batch for batch, _ in _loader(calibration, config, shuffle=False)],
-        scoring=[batch for batch, _ in _loader(scoring, config, shuffle=False)],
-        held_out=_loader(held_out, config, shuffle=False),
-        evaluation=None if images.evaluate is None else _loader(images.evaluate, config, shuffle=False),
+        weights=_drawn(weights, config, "search: weights"),
+        gates=_drawn(gates, config, "search: gates"),
+        training=_drawn(training, config, "recover"),
+        calibration=[batch for batch, _ in _in_order(calibration, config)],
+        scoring=[batch for batch, _ in _in_order(scoring, config)],
+        held_out=_in_order(held_out, config),
+        evaluation=None if images.evaluate is None else _in_order(images.evaluate, config),
     )
 
 
@@ -57,8 +59,16 @@ def told_of_few(parts: Parts, config: RunConfig) -> Iterator[str]:
             yield f"{name}: {wanted:,} are asked for, and there are {found:,}"
 
 
-def _loader(dataset: Dataset, config: RunConfig, *, shuffle: bool) -> DataLoader:
+def _drawn(dataset: Dataset, config: RunConfig, stage: str) -> Batches:
+    return Batches(dataset, _size(dataset, config), seed=config.seed, stage=stage, workers=config.workers)
+
+
+def _in_order(dataset: Dataset, config: RunConfig) -> DataLoader:
+    return in_order(dataset, _size(dataset, config), workers=config.workers)
+
+
+def _size(dataset: Dataset, config: RunConfig) -> int:
     size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
     if size == 0:
         raise DataError("too few images: search, calibration and held-out part each need at least one")
-    return loader(dataset, size, shuffle=shuffle, seed=config.seed, workers=config.workers, drop_last=shuffle)
+    return size

@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
 from kcrprune.artifact.artifact import open_model, save_model
@@ -31,10 +30,13 @@ from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.narrow import cut_, expand_
 from kcrprune.surgery.refit import refit_
-from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
+from kcrprune.training.features import feature_covariance
+from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
-from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.losses import HeldOut, make_objective
+from kcrprune.training.precision import open_accelerator
+from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
@@ -56,7 +58,6 @@ class Run:
     def load(self, checkpoint: Path) -> None:
         """Opens the network and the images; refuses what cannot work."""
         config = self.config
-        torch.manual_seed(config.seed)
         self.accelerator = open_accelerator(config.device, config.precision)
         self.opened = open_for_run(checkpoint, config)
         if self.opened.plan is not None:
@@ -65,10 +66,12 @@ class Run:
         self.macs = count_macs(self.dense, self.opened.preprocessing.input_size)
         self.allowed = allowed_of(self.dense, self.macs, self.opened.preprocessing.input_size, config)
         require_reachable(self.allowed, config.target_flops)
-        self.images = open_images(config, self.opened.preprocessing, class_count(self.dense))
+        self.images = open_images(config, self.opened.preprocessing, class_count(self.dense), self.opened.class_names)
         self._say(
             f"{self.opened.architecture.name} ({self.opened.layout}), {self.macs:,} MACs, {self.images.description}"
         )
+        for note in self.images.notes:
+            self._say(note)
         for name, reason in config.without_effect().items():
             self._say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
         if self.images.generated:
@@ -161,21 +164,24 @@ class Run:
         return add_gates_(model, self.allowed.groups, self.allowed.opened, innovations=self.innovations)
 
     def _score(self, model: nn.Module) -> Scores:
-        generator = torch.Generator().manual_seed(self.config.seed)
         ranking = self.config.ranked_by
         if ranking == "innovation":
             with self.stage("order"):
-                self.innovations = innovations_of(model, self.allowed.opened, self.parts.scoring, generator)
+                labels = generator(self.config.seed, "order", 0, "labels")
+                self.innovations = innovations_of(model, self.allowed.opened, self.parts.scoring, labels)
         gates = self._gate_(model)
         with self.stage("score"):
             if ranking == "magnitude":
                 scores = magnitude_scores(model, gates, self.allowed.groups)
             elif ranking == "random":
-                scores = random_scores(gates, self.allowed.cost, generator)
+                drawn = generator(self.config.seed, "score", 0, "scores")
+                scores = random_scores(gates, self.allowed.cost, drawn)
             elif ranking == "equal":
                 scores = equal_scores(gates, self.allowed.cost)
             else:
-                scores = fisher_scores(model, gates, self.parts.scoring, generator)
+                scores = fisher_scores(
+                    model, gates, self.parts.scoring, generator(self.config.seed, "score", 0, "labels")
+                )
         remove_gates_(model, gates)
         if not any(score.any() for score in scores.values()):
             raise CheckpointError(
@@ -206,8 +212,8 @@ class Run:
                 self._objective(),
                 config,
                 self.accelerator,
-                endless(self.parts.weights),
-                endless(self.parts.gates),
+                self.parts.weights.from_step(0),
+                self.parts.gates.from_step(0),
                 self.covariance,
                 steps=steps,
                 listener=self.listener,
@@ -243,8 +249,7 @@ class Run:
 
     def _refit(self, pruned: nn.Module, plan: ChannelPlan, name: str) -> None:
         stage, config = f"refit ({name})", self.config
-        generator = torch.Generator().manual_seed(config.seed)
-        reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, generator)
+        reconstruction = Reconstruction(config.reconstruct_epochs, config.reconstruct_lr, config.seed, stage)
         with self.stage(stage, len(plan.blocks)):
             refit_(
                 pruned,
@@ -273,7 +278,7 @@ class Run:
                 self._objective(),
                 config,
                 self.accelerator,
-                endless(self.parts.training),
+                self.parts.training.from_step(0),
                 self.parts.held_out,
                 self.covariance,
                 steps=steps,
@@ -289,7 +294,9 @@ class Run:
             "held_out_after": found.loss_after,
             "kept_step": found.kept_step,
         }
-        if found.kept_step == 0:
+        if found.stopped:
+            self._say(f"{found.stopped}; the best network from before was kept", True)
+        elif found.kept_step == 0:
             self._say("recovery did not lower the held-out loss; the network before it was kept")
 
     def _save(

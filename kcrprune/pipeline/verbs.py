@@ -17,10 +17,11 @@ from kcrprune.pipeline.describe import class_count, file_bytes, report_path
 from kcrprune.pipeline.network import open_for_run
 from kcrprune.pipeline.network import opened as opened_groups
 from kcrprune.plan import AXES, Axis
-from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
-from kcrprune.training.loop import open_accelerator
+from kcrprune.training.images.batches import in_order
+from kcrprune.training.images.sets import Pictures, open_evaluation
+from kcrprune.training.precision import open_accelerator
 
 RECIPES = ("default", "paper")  # those that open different axes
 
@@ -65,11 +66,13 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
             raise ConfigError(
                 f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"
             )
-        predict, preprocessing, classes = graph, graph.preprocessing, None
+        predict, preprocessing, names = graph, graph.preprocessing, graph.class_names
+        classes = len(names) if names else None
     else:
         opened = open_for_run(model, config)
         device = open_accelerator(config.device, "fp32").device
-        predict, preprocessing, classes = opened.model.to(device), opened.preprocessing, class_count(opened.model)
+        predict, preprocessing, names = opened.model.to(device), opened.preprocessing, opened.class_names
+        classes = class_count(opened.model)
         if classes == 0:
             raise DataError(f"{model} is a backbone without a classifier; there is nothing to evaluate")
     images = open_evaluation(
@@ -79,9 +82,15 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
         dataset=config.dataset,
         split=config.val_split,
         class_map=config.class_map,
+        class_names=names,
     )
-    batches = loader(images, config.batch_size, shuffle=False, seed=config.seed, workers=config.workers)
-    return evaluate_on(predict, batches, listener=listener)
+    if isinstance(images, Pictures) and images.source.told:
+        listener(Note(images.source.told))
+    batches = in_order(images, config.batch_size, workers=config.workers)
+    found = evaluate_on(predict, batches, listener=listener)
+    if found.top1 is None:
+        raise DataError(f"the {found.images:,} images have no labels to evaluate by; name a dataset that has some")
+    return found
 
 
 def inspect(path: Path, config: RunConfig) -> Inspection:

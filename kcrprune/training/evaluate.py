@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from kcrprune.errors import DataError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
+from kcrprune.method.objective import UNLABELLED
 
 STAGE = "evaluate"
 
@@ -41,7 +42,7 @@ class Remembered:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of the next batch, on the CPU."""
         if self.position == len(self.logits):
-            self.logits.append(_logits(self.network, images))
+            self.logits.append(_logits(self.network, images).cpu())
         self.position += 1
         return self.logits[self.position - 1]
 
@@ -76,62 +77,62 @@ def evaluate(
 
 @dataclass
 class _Totals:
+    """Counts and sums over the images so far; what comes of the logits stays on their device until the end."""
+
     images: int = 0
     labelled: int = 0
-    first: int = 0
-    among_five: int = 0
-    loss: float = 0.0
     classes: int = 0
-    agreeing: int = 0
+    first: Tensor | int = 0
+    among_five: Tensor | int = 0
+    agreeing: Tensor | int = 0
+    loss: Tensor | float = 0.0
 
     def add_labels_(self, logits: Tensor, labels: Tensor) -> None:
         self.images += len(labels)
+        self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
-        known = labels >= 0
-        logits, labels = logits[known], labels[known]
-        if not len(labels):
-            return
-        if int(labels.max()) >= self.classes:
+        if len(labels) and int(labels.max()) >= self.classes:
             raise DataError(
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
                 f"{self.classes - 1}); name the right data, or map its classes with --class-map"
             )
-        ranked = logits.topk(min(5, self.classes)).indices == labels[:, None]  # (labelled, 5)
-        self.labelled += len(labels)
-        self.first += int(ranked[:, 0].sum())
-        self.among_five += int(ranked.any(dim=1).sum())
-        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        known = labels.clamp_min(UNLABELLED).to(logits.device)
+        ranked = logits.topk(min(5, self.classes)).indices == known[:, None]  # (batch, 5)
+        self.first += ranked[:, 0].sum()
+        self.among_five += ranked.sum()
+        self.loss += F.cross_entropy(logits, known, ignore_index=UNLABELLED, reduction="sum").double()
 
     def result(self, *, compared: bool) -> Evaluation:
         if self.images == 0:
             raise DataError("there is no image to evaluate on; name a folder that holds some")
-        agreement = self.agreeing / self.images if compared else None
+        agreement = int(self.agreeing) / self.images if compared else None
         if self.labelled == 0:
             return Evaluation(self.images, agreement=agreement)
         return Evaluation(
             images=self.images,
-            top1=self.first / self.labelled,
-            top5=self.among_five / self.labelled if self.classes > 5 else None,
-            loss=self.loss / self.labelled,
+            top1=int(self.first) / self.labelled,
+            top5=int(self.among_five) / self.labelled if self.classes > 5 else None,
+            loss=float(self.loss) / self.labelled,
             agreement=agreement,
         )
 
 
 def _logits(predict: Predict, images: Tensor) -> Tensor:
-    """(batch, classes) in float32 on the CPU."""
+    """(batch, classes) in float32, where the network is."""
     network: object = predict
     if isinstance(network, nn.Module):
         images = images.to(next(network.parameters(), images).device)
-    return predict(images).float().cpu()
+    return predict(images).float()
 
 
-def _same(logits: Tensor, others: Tensor) -> int:
+def _same(logits: Tensor, others: Tensor) -> Tensor:
+    """How many images both name the same class of."""
     if logits.shape != others.shape:
         raise DataError(
             f"the network has {logits.shape[1]} classes and the reference {others.shape[1]}; only networks of the same "
             "classes can be compared"
         )
-    return int((logits.argmax(dim=1) == others.argmax(dim=1)).sum())
+    return (logits.argmax(dim=1) == others.to(logits.device).argmax(dim=1)).sum()
 
 
 @contextmanager

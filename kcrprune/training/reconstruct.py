@@ -8,9 +8,15 @@ together. The gradient stays inside the block, and no label is looked at, as in 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from kcrprune.errors import DivergedError
+from kcrprune.method.objective import Loss
+from kcrprune.training.randomness import generator
+from kcrprune.training.step import Training
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Reconstruction:
 
     epochs: int  # passes over the calibration images
     lr: float  # of Adam, first; it falls to zero along a line
-    generator: torch.Generator  # of the order of the batches
+    seed: int
+    stage: str  # of the addresses of what is drawn
 
     def __call__(self, block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> None:
         """Lowers the squared difference of `block(before)` and `target`, batch by batch of streams in memory.
@@ -31,26 +38,31 @@ class Reconstruction:
         optimizer = torch.optim.Adam(weights, lr=self.lr)
         steps = self.epochs * len(before)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        loss, device = partial(_loss, block), weights[0].device
+        training = Training(self.stage, loss, optimizer, device, self.seed, steps, schedule)
         first, start = copy.deepcopy(block.state_dict()), stream_error(block, before, target)
-        for _ in range(self.epochs):
-            for index in torch.randperm(len(before), generator=self.generator).tolist():
-                with torch.enable_grad():
-                    loss = _squares(block, before[index], target[index]).mean()
-                for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                    weight.grad = gradient
-                optimizer.step()
-                schedule.step()
+        try:
+            for epoch in range(self.epochs):
+                order = torch.randperm(len(before), generator=generator(self.seed, self.stage, epoch, "order"))
+                for index in order.tolist():
+                    training.tell_(training.step_((before[index], target[index])).parts)
+            better = stream_error(block, before, target) < start
+        except DivergedError:
+            better = False
         optimizer.zero_grad()
-        if not stream_error(block, before, target) < start:
+        if not better:
             block.load_state_dict(first)
 
 
 @torch.no_grad()
 def stream_error(block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> float:
     """Sum of the squared differences of `block(before)` and `target`."""
-    return sum(float(_squares(block, x, y).sum()) for x, y in zip(before, target, strict=True))
-
-
-def _squares(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     device = next(block.parameters()).device
-    return (block(x.to(device)) - y.to(device)).square()
+    errors = [(block(x.to(device)) - y.to(device)).square().sum() for x, y in zip(before, target, strict=True)]
+    return float(torch.stack(errors).double().sum())
+
+
+def _loss(block: nn.Module, stream: Tensor, target: Tensor) -> Loss:
+    output = block(stream)
+    error = (output - target).square().mean()
+    return Loss(error, {"loss": error.detach()}, output.detach())

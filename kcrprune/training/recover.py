@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import cos, pi
+from functools import partial
+from math import cos, inf, pi
 
 import torch
 from accelerate import Accelerator
@@ -11,22 +12,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kcrprune.config import RunConfig
-from kcrprune.events import Listener, StepDone
+from kcrprune.errors import DivergedError
+from kcrprune.events import Listener
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
-from kcrprune.training.loop import HeldOut, KernelWatch
+from kcrprune.training.features import KernelWatch
+from kcrprune.training.losses import HeldOut
+from kcrprune.training.step import Training
 
 CHECKS = 4  # how often the held-out loss is looked at
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """Held-out task loss before and after, the step whose weights were kept (0: the first ones), the course."""
+    """Held-out task loss before and after, the step whose weights were kept (0: the first ones), the course.
+
+    `stopped` says why it ended before its last step, if it did.
+    """
 
     loss_before: float
     loss_after: float
     kept_step: int
     history: list[dict[str, float]]
+    stopped: str | None = None
 
 
 def recover_(
@@ -43,38 +51,44 @@ def recover_(
 ) -> Recovered:
     """Trains `model` for `steps` steps; it ends with the weights that did best on `held_out`, its first ones included.
 
-    Without `config.keep_best` it ends with the last weights.
+    Without `config.keep_best` it ends with the last weights. A training that diverges is stopped, and ends with the
+    best of those before.
 
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
     of 5e-5 and more, hence the small default and the look back.
     """
     device = accelerator.device
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps))
+    training = Training(
+        "recover",
+        partial(objective, model),
+        optimizer,
+        device,
+        config.seed,
+        steps,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps)),
+        config.clip_grad,
+        accelerator.autocast,
+        listener,
+    )
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     measure = HeldOut(objective, held_out, device)
     best, best_step = measure.loss(model), 0
-    before, kept, history = best, copy.deepcopy(model.state_dict()), []
-    for step in range(1, steps + 1):
-        model.train()
-        images, labels = (tensor.to(device) for tensor in next(batches))
-        with accelerator.autocast():
-            loss = objective(model, images, labels)
-        optimizer.zero_grad()
-        accelerator.backward(loss.total)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        optimizer.step()
-        schedule.step()
-        figures = loss.parts | watch.see_(loss.features)
-        if step % max(1, steps // CHECKS) == 0 or step == steps:
-            figures["held_out"] = measure.loss(model)
-            if figures["held_out"] < best or (step == steps and not config.keep_best):
+    before, kept, stopped = best, copy.deepcopy(model.state_dict()), None
+    model.train()
+    try:
+        for step in range(1, steps + 1):
+            loss = training.step_(next(batches))
+            checked = step % max(1, steps // CHECKS) == 0 or step == steps
+            figures = {"held_out": measure.loss(model)} if checked else {}
+            training.tell_(loss.parts | watch.see_(loss.features) | figures)
+            if figures.get("held_out", inf) < best or (step == steps and not config.keep_best):
                 best, best_step, kept = figures["held_out"], step, copy.deepcopy(model.state_dict())
-        history.append({"step": step} | figures)
-        listener(StepDone("recover", step, figures))
+    except DivergedError as error:
+        stopped = str(error)
     model.load_state_dict(kept)
     model.eval()
-    return Recovered(before, best, best_step, history)
+    return Recovered(before, best, best_step, training.history, stopped)
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

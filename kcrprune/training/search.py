@@ -7,21 +7,24 @@ budget is met at all times, by construction.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kcrprune.config import RunConfig
-from kcrprune.events import Listener, StepDone
+from kcrprune.events import Listener
 from kcrprune.method.budget import Scores
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates, temperature_at
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.method.shift import ExpectedMacs
-from kcrprune.training.loop import KernelWatch
+from kcrprune.training.features import KernelWatch
+from kcrprune.training.randomness import generator
 from kcrprune.training.scores import prices
+from kcrprune.training.step import Training
 
 LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
@@ -55,59 +58,48 @@ def search_(
 
     `covariance` is that of the dense network's features.
     """
-    generator = torch.Generator().manual_seed(config.seed)
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
     weights = list(model.parameters())
     for weight in weights:
         weight.requires_grad_(config.search_weight_lr > 0)
-    gate_optimizer = torch.optim.Adam([gates.logits], lr=config.search_lr)
-    weight_optimizer = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
+
+    def sampled_loss(what: str, images: Tensor, labels: Tensor) -> Loss:
+        """Under this step's gates: drawn alike for each part of a batch, as a graph serves one backward pass."""
+        noise = torch.rand(gates.logits.shape, generator=generator(config.seed, "search", step, what))
+        gates.sample_(temperature, noise)
+        return objective(model, images, labels)
+
+    training = partial(
+        Training,
+        device=accelerator.device,
+        seed=config.seed,
+        steps=steps,
+        clip_grad=config.clip_grad,
+        autocast=accelerator.autocast,
+        listener=listener,
+    )
+    adam = torch.optim.Adam([gates.logits], lr=config.search_lr)
+    adamw = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
+    of_gates = training("search", partial(sampled_loss, "gates"), adam)
+    of_weights = training("search: weights", partial(sampled_loss, "gates of a weight step"), adamw)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    history = []
     for step in range(steps):
         temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
-        figures: dict[str, float] = {}
+        figures: dict[str, Tensor | float] = {"temperature": temperature}
         if config.search_weight_lr > 0:
-            gates.sample_(temperature, torch.rand(gates.logits.shape, generator=generator))
-            moved = _step_(model, objective, weight_batches, weight_optimizer, accelerator, config.clip_grad)
-            figures = {f"weights_{name}": value for name, value in moved.parts.items()}
-        gates.sample_(temperature, torch.rand(gates.logits.shape, generator=generator))
+            moved = of_weights.step_(next(weight_batches))
+            figures |= {f"weights_{name}": value for name, value in moved.parts.items()}
         before = gates.logits.detach().clone()
-        loss = _step_(model, objective, gate_batches, gate_optimizer, accelerator, config.clip_grad)
-        expected.shift_(gates.logits.data, budget, 1.01 * (gates.logits.detach() - before).abs().max() + 1e-6, rounds=5)
-        share = float(expected(gates.logits.detach())) / cost.dense
-        history.append(
-            {"step": step + 1, "temperature": temperature, "expected_macs": share}
-            | loss.parts
-            | figures
-            | watch.see_(loss.features)
-        )
-        listener(StepDone("search", step + 1, {k: v for k, v in history[-1].items() if k != "step"}))
+        loss = of_gates.step_(next(gate_batches))
+        reach = 1.01 * (gates.logits.detach() - before).abs().max() + 1e-6
+        expected.shift_(gates.logits.data, budget, reach, rounds=5)
+        figures["expected_macs"] = expected(gates.logits.detach())[0] / cost.dense
+        of_gates.tell_(loss.parts | figures | watch.see_(loss.features))
     for weight in weights:
         weight.requires_grad_(True)
-    return Searched(learned_scores(gates, cost, scale), history)
-
-
-def _step_(
-    model: nn.Module,
-    objective: Objective,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    clip_grad: float,
-) -> Loss:
-    images, labels = (tensor.to(accelerator.device) for tensor in next(batches))
-    with accelerator.autocast():
-        loss = objective(model, images, labels)
-    optimizer.zero_grad()
-    model.zero_grad()
-    accelerator.backward(loss.total)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, clip_grad)
-    optimizer.step()
-    return loss
+    return Searched(learned_scores(gates, cost, scale), of_gates.history)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def gram_spectrum(features: torch.Tensor) -> np.ndarray:
 def test_spectrum_is_that_of_the_gram(shape):
     features = draw(shape)
     expected = gram_spectrum(features)[: min(features.shape)]
-    actual = Covariance(features.shape[1]).add_(features).spectrum()
+    actual = Covariance.empty(features.shape[1]).add_(features).spectrum()
     assert np.allclose(actual.numpy(), expected, atol=1e-10)
 
 
@@ -47,7 +47,7 @@ def test_kc_is_the_smallest_bound_over_every_h(shape):
     features = draw(shape)
     n, spectrum = len(features), gram_spectrum(features)
     expected = min(h / n + np.sqrt(spectrum[h:].sum() / n) for h in range(n + 1))
-    found = kernel_complexity(Covariance(features.shape[1]).add_(features).spectrum(), n)
+    found = kernel_complexity(Covariance.empty(features.shape[1]).add_(features).spectrum(), n)
     assert found.kc == pytest.approx(expected, abs=1e-6)
     assert found.h / n + np.sqrt(spectrum[found.h :].sum() / n) == pytest.approx(expected, abs=1e-6)
     for rank in range(min(features.shape)):  # lowering TNN lowers a bound on KC
@@ -58,7 +58,7 @@ def test_kc_is_the_smallest_bound_over_every_h(shape):
 @given(shape=SHAPES)
 def test_tails_run_from_the_trace_to_zero(shape):
     features = draw(shape)
-    found = tails(Covariance(features.shape[1]).add_(features).spectrum())
+    found = tails(Covariance.empty(features.shape[1]).add_(features).spectrum())
     assert float(found[0]) == pytest.approx(float(features.square().sum() / len(features)))
     assert found[-1] == 0
     assert (found.diff() <= 1e-12).all()
@@ -68,11 +68,11 @@ def test_tails_run_from_the_trace_to_zero(shape):
 @given(shape=SHAPES, parts=st.integers(1, 5))
 def test_streamed_and_sharded_covariance_is_the_whole(shape, parts):
     features = draw(shape)
-    whole = Covariance(features.shape[1]).add_(features)
-    shards = [Covariance(features.shape[1]) for _ in range(parts)]
+    whole = Covariance.empty(features.shape[1]).add_(features)
+    shards = [Covariance.empty(features.shape[1]) for _ in range(parts)]
     for index, row in enumerate(features):
         shards[index % parts].add_(row[None].float().double())
-    merged = Covariance(features.shape[1])
+    merged = Covariance.empty(features.shape[1])
     for shard in shards:
         merged.merge_(shard)
     assert merged.images == whole.images
@@ -83,7 +83,7 @@ def test_streamed_and_sharded_covariance_is_the_whole(shape, parts):
 @given(shape=SHAPES, share=st.floats(0.01, 1.0))
 def test_separable_tnn_is_exact_at_the_current_basis_and_never_below_it(shape, share):
     features = draw(shape)
-    covariance = Covariance(features.shape[1]).add_(features)
+    covariance = Covariance.empty(features.shape[1]).add_(features)
     rank = min(rank_for(share, *features.shape), features.shape[1])
     exact = tails(covariance.spectrum())[min(rank, len(covariance.spectrum()))]
     assert torch.allclose(separable_tnn(features, covariance.basis(rank)), exact, atol=1e-9)
@@ -97,7 +97,7 @@ def test_separable_tnn_is_exact_at_the_current_basis_and_never_below_it(shape, s
 def test_gradient_at_the_current_basis_is_that_of_the_exact_tnn(shape):
     features = draw(shape)
     rank = rank_for(0.3, *features.shape)
-    basis = Covariance(features.shape[1]).add_(features).basis(rank)
+    basis = Covariance.empty(features.shape[1]).add_(features).basis(rank)
     ours, exact = features.clone().requires_grad_(), features.clone().requires_grad_()
     separable_tnn(ours, basis).backward()
     eigenvalues = torch.linalg.eigvalsh(exact.T @ exact / len(exact))
@@ -109,8 +109,8 @@ def test_gradient_at_the_current_basis_is_that_of_the_exact_tnn(shape):
 
 def test_shrinking_the_features_lowers_kc_but_not_the_normalised_figures():
     features = draw((30, 10, 0))
-    big = kernel_complexity(Covariance(10).add_(features).spectrum(), 30)
-    small = kernel_complexity(Covariance(10).add_(features / 10).spectrum(), 30)
+    big = kernel_complexity(Covariance.empty(10).add_(features).spectrum(), 30)
+    small = kernel_complexity(Covariance.empty(10).add_(features / 10).spectrum(), 30)
     assert small.kc < big.kc
     assert small.kc_normalised == pytest.approx(big.kc_normalised)
     assert small.effective_rank == pytest.approx(big.effective_rank)

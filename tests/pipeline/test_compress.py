@@ -114,6 +114,19 @@ def test_equal_runs_give_equal_bytes(checkpoint: Path, tmp_path: Path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def test_the_number_of_workers_changes_no_bit(checkpoint: Path, tmp_path: Path):
+    data = image_folder(tmp_path / "images")
+    config = SHORT.model_copy(update={"data": str(data), "search_weight_lr": 1e-4})
+    runs = [
+        pipeline.compress(checkpoint, config.model_copy(update={"workers": workers}), tmp_path / str(workers), ignore)
+        for workers in (0, 2)
+    ]
+    first, second = (open_model(run.folder).model.state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [(run.folder / "log.jsonl").read_text() for run in runs]
+    assert logs[0] == logs[1]
+
+
 def test_a_fresh_process_loads_the_same_function(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
     folder = pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore).folder
     images, expected = tmp_path / "images.pt", kcrprune.load(folder)
@@ -240,11 +253,13 @@ def test_images_that_do_not_suffice_are_told_of(checkpoint: Path, tmp_path: Path
 
 def test_a_diverged_recovery_is_undone_and_its_log_is_json(checkpoint: Path, tmp_path: Path):
     wild = {"lr": 1e30, "warmup_steps": 0, "search_steps": 0, "kernel_every": 2}
-    folder = pipeline.compress(checkpoint, SHORT.model_copy(update=wild), tmp_path / "run", ignore).folder
+    result = pipeline.compress(checkpoint, SHORT.model_copy(update=wild), tmp_path / "run", ignore)
+    folder = result.folder
+    assert any(note.startswith("recover, step 1: held_out is nan") for note in result.comparison.notes)
     assert json.loads((folder / "run.json").read_text())["decisions"]["recover"]["kept_step"] == 0
     log = (folder / "log.jsonl").read_text()
     assert "NaN" not in log
-    assert any(step["loss"] is None for step in map(json.loads, log.splitlines()))
+    assert any(step["held_out"] is None for step in map(json.loads, log.splitlines()))
 
 
 def test_a_dataset_without_a_folder_is_evaluated(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):

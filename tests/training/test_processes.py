@@ -1,5 +1,8 @@
 """Two processes that each see half of the images end with the covariance, the KC and the basis of one that sees all."""
 
+from dataclasses import dataclass
+from typing import Self
+
 import pytest
 import torch
 from torch import Tensor, distributed, nn
@@ -7,7 +10,8 @@ from torch.multiprocessing.spawn import spawn
 
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
-from kcrprune.training.loop import KernelWatch
+from kcrprune.method.sums import Sums
+from kcrprune.training.features import KernelWatch
 
 SPLITS = ((0, 7), (7, 20))  # of unequal size
 EVERY = 2
@@ -16,6 +20,20 @@ EVERY = 2
 def features() -> Tensor:
     """Whole numbers (20, 6): their sums are exact in float64, in whatever order."""
     return torch.randint(-9, 10, (20, 6), generator=torch.Generator().manual_seed(0)).float()
+
+
+@dataclass
+class Several(Sums):
+    """Two tensors of different shapes, and two counts."""
+
+    rows: Tensor
+    squares: Tensor
+    images: int = 0
+    seen: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        return cls(x.sum(0).double(), (x.T @ x).double(), len(x), 1)
 
 
 def watch_of(seen: Covariance) -> KernelWatch:
@@ -28,10 +46,17 @@ def see(rank: int, folder) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     start, end = SPLITS[rank]
     own = features()[start:end]
-    covariance = Covariance(6).add_(own).sum_over_processes_()
+    covariance = Covariance.empty(6).add_(own).sum_over_processes_()
     watch = watch_of(covariance)
     told = [watch.see_(batch) for batch in own.tensor_split(2 * EVERY)]
-    found = {"total": covariance.total, "images": covariance.images, "told": told, "basis": watch.objective.basis}
+    several = Several.of(own).sum_over_processes_()
+    found = {
+        "several": vars(several),
+        "total": covariance.total,
+        "images": covariance.images,
+        "told": told,
+        "basis": watch.objective.basis,
+    }
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -44,14 +69,28 @@ def found(tmp_path_factory):
 
 
 def test_the_sum_over_two_processes_is_the_one_shot_covariance(found):
-    whole = Covariance(6).add_(features())
+    whole = Covariance.empty(6).add_(features())
     for each in found:
         assert each["images"] == whole.images
         assert torch.equal(each["total"], whole.total)
 
 
+def test_every_field_of_sums_is_summed(found):
+    merged = Several.of(features()[: SPLITS[0][1]]).merge_(Several.of(features()[SPLITS[1][0] :]))
+    whole = Several.of(features())
+    assert (merged.images, merged.seen) == (20, 2)
+    assert torch.equal(merged.rows, whole.rows)
+    assert torch.equal(merged.squares, whole.squares)
+    for each in found:
+        assert each["several"].keys() == vars(merged).keys()
+        for name, expected in vars(merged).items():
+            value = each["several"][name]
+            assert type(value) is type(expected)
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected))
+
+
 def test_a_watch_tells_kc_and_renews_its_basis_from_the_batches_of_both(found):
-    watch = watch_of(Covariance(6).add_(features()))
+    watch = watch_of(Covariance.empty(6).add_(features()))
     halves = [features()[start:end].tensor_split(2 * EVERY) for start, end in SPLITS]
     told = [watch.see_(torch.cat(batches)) for batches in zip(*halves, strict=True)]
     assert watch.objective.basis is not None
@@ -62,7 +101,7 @@ def test_a_watch_tells_kc_and_renews_its_basis_from_the_batches_of_both(found):
 
 
 def test_alone_a_sum_over_processes_changes_nothing():
-    alone, untouched = (Covariance(6).add_(features()) for _ in range(2))
+    alone, untouched = (Covariance.empty(6).add_(features()) for _ in range(2))
     assert alone.sum_over_processes_() is alone
     assert torch.equal(alone.total, untouched.total)
     assert alone.images == untouched.images

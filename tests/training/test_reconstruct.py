@@ -18,7 +18,7 @@ from tests.test_laws import FEW, SEEDS, each_tiny
 
 
 def reconstruction(lr: float = 1e-3) -> Reconstruction:
-    return Reconstruction(epochs=3, lr=lr, generator=torch.Generator().manual_seed(0))
+    return Reconstruction(epochs=3, lr=lr, seed=0, stage="refit")
 
 
 class Watched:

@@ -2,8 +2,8 @@
 
 import torch
 
-from kcrprune.training.data import loader
 from kcrprune.training.evaluate import Remembered, evaluate
+from kcrprune.training.images.batches import in_order
 
 
 def test_a_remembered_network_computes_once_and_agrees_with_itself():
@@ -16,7 +16,7 @@ def test_a_remembered_network_computes_once_and_agrees_with_itself():
         return x.flatten(1)[:, :3]
 
     remembered = Remembered(network)
-    batches = loader(data, 4, shuffle=False, seed=0)
+    batches = in_order(data, 4)
     first = evaluate(remembered, batches)
     second = evaluate(network, batches, reference=remembered.rewind_())
     assert calls == [4, 4, 2, 4, 4, 2]

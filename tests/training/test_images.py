@@ -9,13 +9,16 @@ import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.plan import Preprocessing
-from kcrprune.training import sources
-from kcrprune.training.data import evaluation_transform, loader, open_evaluation, open_images, sample, split
+from kcrprune.training.images import named
+from kcrprune.training.images.batches import in_order
+from kcrprune.training.images.parts import sample, split
+from kcrprune.training.images.sets import open_evaluation, open_images
+from kcrprune.training.images.transforms import evaluation_transform
 
 PREPROCESSING = Preprocessing(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -170,15 +173,14 @@ def test_without_data_images_are_generated():
     assert all(not torch.equal(image, other) for other, _ in everything(images.train))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its tar files open
-@pytest.mark.parametrize(("counts", "labels"), [({"cat": 2, "dog": 1}, [0, 0, 1]), ({"": 3}, [-1, -1, -1])])
+@pytest.mark.parametrize(("counts", "labels"), [({"cat": 5, "dog": 5}, {0, 1}), ({"": 5}, {-1})])
 def test_a_tar_file_holds_what_its_folder_holds(tmp_path, counts, labels):
     folder = write_images(tmp_path / "images", counts)
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         archive.add(folder, ".")
-    packed = everything(open_evaluation(str(tmp_path / "images.tar"), PREPROCESSING, 2))
-    assert_equal_images(packed, everything(open_evaluation(str(folder), PREPROCESSING, 2)))
-    assert [label for _, label in packed] == labels
+    packed, plain = (everything(opened(tmp_path / name).calibrate) for name in ("images.tar", "images"))
+    assert_equal_images(packed, plain)
+    assert {label for _, label in packed} == labels
 
 
 def test_a_dataset_of_torchvision_by_name(tmp_path):
@@ -194,39 +196,29 @@ def test_a_stream_is_read_once_for_training_and_in_order_for_evaluation(tmp_path
         def __iter__(self):
             return ((Image.fromarray(pixels(seed, (16, 16))), seed % 2) for seed in range(6))
 
-    monkeypatch.setattr(sources, "create_dataset", lambda *_, **__: Numbers())
+    monkeypatch.setattr(named, "create_dataset", lambda *_, **__: Numbers())
     images: Any = open_images(RunConfig(dataset="wds/numbers", val_split="", workers=0), PREPROCESSING, 2)
     assert (len(images.train), len(images.evaluate)) == (5, 1)
     dataset = open_evaluation(None, PREPROCESSING, 2, dataset="wds/numbers")
-    tensors, labels = next(iter(loader(dataset, 6, shuffle=False, seed=0)))
+    tensors, labels = next(iter(in_order(dataset, 6)))
     assert labels.tolist() == [0, 1, 0, 1, 0, 1]
     expected = [evaluation_transform(PREPROCESSING)(Image.fromarray(pixels(seed, (16, 16)))) for seed in range(6)]
     assert torch.equal(tensors, torch.stack(expected))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_repeats_itself_under_its_seed(workers):
-    dataset = TensorDataset(torch.arange(20))
-    runs = [
-        [batch.tolist() for (batch,) in loader(dataset, 3, shuffle=True, seed=seed, workers=workers)]
-        for seed in (1, 1, 2)
-    ]
-    assert runs[0] == runs[1] != runs[2]
-    assert sorted(itertools.chain(*runs[0])) == list(range(20))
-
-
 def test_parts_are_disjoint_and_complete():
     dataset = list(range(50))
-    first, second = (list(part) for part in split(dataset, 0.7, seed=3))  # type: ignore[arg-type]
+    first, second = (list(part) for part in split(dataset, 0.7, 3, "gates"))  # type: ignore[arg-type]
     assert (len(first), len(second)) == (35, 15)
     assert sorted([*first, *second]) == dataset
-    assert list(split(dataset, 0.7, seed=3)[0]) == first  # type: ignore[arg-type]
-    assert list(split(dataset, 0.7, seed=4)[0]) != first  # type: ignore[arg-type]
+    assert list(split(dataset, 0.7, 3, "gates")[0]) == first  # type: ignore[arg-type]
+    assert list(split(dataset, 0.7, 4, "gates")[0]) != first  # type: ignore[arg-type]
+    assert list(split(dataset, 0.7, 3, "held out")[0]) != first  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (7, 7), (50, 20)])
 def test_a_sample_holds_no_image_twice(count, expected):
-    drawn: Any = list(sample(list(range(20)), count, seed=0))  # type: ignore[arg-type]
+    drawn: Any = list(sample(list(range(20)), count, 0, "scoring"))  # type: ignore[arg-type]
     assert len(drawn) == len(set(drawn)) == expected
 
 
@@ -241,7 +233,7 @@ def truncated_image(folder):
 
 WRONG = {
     "missing": (lambda folder: None, "is not there"),
-    "empty": (lambda folder: folder.mkdir(), "Found 0 images"),
+    "empty": (lambda folder: folder.mkdir(), "no image is there"),
     "a file": (lambda folder: folder.write_text("x"), "is a file"),
     "no image": (broken_image, "1.png is not an image"),
     "too many classes": (lambda folder: write_images(folder, {"a": 1, "b": 1, "c": 1}), "3 classes and the network 2"),
@@ -249,7 +241,7 @@ WRONG = {
     "evaluation only": (lambda folder: write_images(folder / "val", {"a": 1, "b": 1}), "no folder 'train'"),
     "another class": (
         lambda folder: (write_images(folder / "train", {"a": 1, "b": 1}), write_images(folder / "val", {"z": 1})),
-        "class 'z'",
+        "has the classes z and the network a, b",
     ),
 }
 
@@ -282,7 +274,7 @@ def test_a_damaged_image_is_named_when_it_is_read(tmp_path, workers):
     truncated_image(tmp_path)
     dataset = open_evaluation(str(tmp_path), PREPROCESSING, 2)
     with pytest.raises(DataError, match=r"^\S*1\.png is not an image that can be read") as caught:
-        list(loader(dataset, 2, shuffle=False, seed=0, workers=workers))
+        list(in_order(dataset, 2, workers=workers))
     assert "\n" not in str(caught.value)
 
 

@@ -1,38 +1,33 @@
-"""The images of a run: the training, calibration and evaluation sets as tensors, their batches and their parts."""
+"""The images of a run: its training, calibration and evaluation set."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import torch
-from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.plan import Preprocessing
-from kcrprune.training.generate import GeneratedImages
-from kcrprune.training.sources import (
+from kcrprune.training.images.folders import (
     EVALUATION_FOLDERS,
     TRAIN_FOLDERS,
-    Source,
     existing,
     open_folder,
     open_folders,
-    open_named,
-    open_stream,
     split_folder,
 )
+from kcrprune.training.images.generated import GeneratedImages
+from kcrprune.training.images.named import open_named, open_stream
+from kcrprune.training.images.parts import split
+from kcrprune.training.images.source import Source
+from kcrprune.training.images.transforms import Transform, evaluation_transform, training_transform
 
 HELD_OUT: Final = 0.1  # share of the training images that is evaluated on where there is no evaluation set
 GENERATED_HELD_OUT: Final = 1 / 8  # further generated images, to evaluate on, as a share of those trained on
 STREAMED: Final = 4096  # images of a stream (WebDataset and the like) that a run trains on; they are kept in memory
-SHIFT: Final = 1 / 8  # largest shift by the augmentation, as a share of the side: 4 of 32 pixels, as usual for CIFAR
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,30 +44,36 @@ class Images:
     generated: bool
     class_names: tuple[str, ...] | None
     description: str
+    notes: tuple[str, ...] = ()  # what a user should know of them, a sentence each
 
 
-def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: int) -> Images:
+def open_images(
+    config: RunConfig, preprocessing: Preprocessing, num_classes: int, class_names: tuple[str, ...] | None = None
+) -> Images:
     """The images that a configuration names; DataError, in one sentence, for whatever is wrong with them.
 
-    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes;
-    a run that is told to ignore them still measures itself by them where they fit.
+    Without an evaluation set a part of the training images is held out. Labels count only if the network has classes,
+    and are matched by name where it has `class_names` and no class map decides; a run that is told to ignore them
+    still measures itself by them where they fit.
     """
     if config.data is None and not config.dataset:
         return _generated_images(config, preprocessing)
     training, evaluation = _sources(config, preprocessing.input_size[0])
     labelled = config.labels and num_classes > 0 and training.labelled
+    names = None if config.class_map else class_names
     if labelled:
-        training.check_classes(num_classes)
+        training = training.for_network(num_classes, names)
     augmented, plain = training_transform(preprocessing, config.hflip), evaluation_transform(preprocessing)
     train, calibrate = Pictures(training, augmented, labelled=labelled), Pictures(training, plain, labelled=labelled)
-    measured = evaluation or training
-    held_out: Dataset = Pictures(measured, plain, labelled=measured.fits(num_classes))
+    names = names or (training.class_names if training.fits(num_classes) else None)
+    measured, known = _known(evaluation or training, num_classes, names, required=labelled)
+    held_out: Dataset = Pictures(measured, plain, labelled=known)
     told = f"{_length(held_out):,} to evaluate on"
     if evaluation is None:
         share = 1 - HELD_OUT if len(training) > 1 else 1.0
-        train, _ = split(train, share, config.seed)
-        calibrate, _ = split(calibrate, share, config.seed)
-        _, held_out = split(held_out, share, config.seed)
+        train, _ = split(train, share, config.seed, "evaluation")
+        calibrate, _ = split(calibrate, share, config.seed, "evaluation")
+        _, held_out = split(held_out, share, config.seed, "evaluation")
         told = f"{_length(held_out):,} of the training set held out to evaluate on"
     return Images(
         train=train,
@@ -82,7 +83,26 @@ def open_images(config: RunConfig, preprocessing: Preprocessing, num_classes: in
         generated=False,
         class_names=training.class_names if labelled else None,
         description=f"{_length(train):,} {'labelled' if labelled else 'unlabelled'} images, {told}",
+        notes=tuple(_notes(training, evaluation, labelled=labelled)),
     )
+
+
+def _known(source: Source, num_classes: int, names: tuple[str, ...] | None, *, required: bool) -> tuple[Source, bool]:
+    """A source to measure on, and whether its labels say how good a network is; DataError if they must and do not."""
+    if not source.labelled:
+        return source, False
+    try:
+        return source.for_network(num_classes, names, some=True), True
+    except DataError:
+        if required:
+            raise
+        return source, False
+
+
+def _notes(training: Source, evaluation: Source | None, *, labelled: bool) -> Iterator[str]:
+    yield from (source.told for source in (training, evaluation) if source is not None and source.told)
+    if labelled and evaluation is not None and not evaluation.labelled:
+        yield f"top-1 cannot be measured: the images of {evaluation.place} have no labels, which are folders of classes"
 
 
 def open_evaluation(
@@ -93,8 +113,12 @@ def open_evaluation(
     dataset: str = "",
     split: str = "validation",
     class_map: str | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> Dataset:
-    """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes."""
+    """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes.
+
+    DataError where they have no labels, or none that fit; some of the `class_names` of a network suffice.
+    """
     channels, transform = preprocessing.input_size[0], evaluation_transform(preprocessing)
     if dataset:
         stream = open_stream(dataset, data, split, class_map, channels, transform)
@@ -107,45 +131,11 @@ def open_evaluation(
         if folder is None and split_folder(root, "", TRAIN_FOLDERS):
             raise DataError(f"{root} has training images and no folder 'validation'; name the folder to evaluate on")
         source = open_folder(folder or root, class_map, channels)
-    if num_classes is not None and source.labelled:
-        source.check_classes(num_classes)
-    return Pictures(source, transform, labelled=source.labelled)
-
-
-def loader(
-    dataset: Dataset, batch_size: int, *, shuffle: bool, seed: int, workers: int = 0, drop_last: bool = False
-) -> DataLoader:
-    """Batches of (images, labels); order and, with a fixed number of workers, augmentation follow from the seed."""
-    stream = isinstance(dataset, IterableDataset)
-    return _Loader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle and not stream,
-        drop_last=drop_last,
-        num_workers=0 if stream else workers,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Two disjoint parts of `dataset`, the first with `share` of it; drawn by the seed, each in the original order."""
-    order = _shuffled(dataset, seed)
-    count = round(share * len(order))
-    return Subset(dataset, sorted(order[:count])), Subset(dataset, sorted(order[count:]))
-
-
-def sample(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """`count` images of `dataset`, drawn by the seed, in the original order; all of them where there are no more."""
-    return Subset(dataset, sorted(_shuffled(dataset, seed)[:count]))
-
-
-def _shuffled(dataset: Dataset, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(len(dataset), generator=generator).tolist()  # type: ignore[arg-type]
-
-
-def _length(dataset: Dataset) -> int:
-    return len(dataset)  # type: ignore[arg-type]
+    if not source.labelled:
+        raise DataError(f"the images of {source.place} have no labels to evaluate by; give each class a folder")
+    if num_classes is not None:
+        source = source.for_network(num_classes, None if class_map else class_names, some=True)
+    return Pictures(source, transform, labelled=True)
 
 
 class Pictures(Dataset):
@@ -160,69 +150,6 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.source.read(index)
         return self.transform(image), label if self.labelled else -1
-
-
-def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The evaluation transform of timm; an image that has the input's size already is neither scaled nor cut."""
-    steps = _timm_steps(preprocessing)
-    as_it_is, scaled = transforms.Compose(steps[2:]), transforms.Compose(steps)
-    return _BySize(preprocessing, as_it_is, scaled)
-
-
-def training_transform(preprocessing: Preprocessing, hflip: float = 0.5) -> Transform:
-    """The evaluation transform with a random shift in place of the centre crop, and a share `hflip` of images mirrored.
-
-    Gentle on purpose: a refitted network wants the images that its dense network knows, and larger changes of scale
-    cost accuracy in trials.
-    """
-    resize, _, *to_tensor = _timm_steps(preprocessing)
-    height, width = preprocessing.input_size[1:]
-    margin = round(min(height, width) * (1 / preprocessing.crop_pct - 1) / 2)  # what the centre crop cuts off
-
-    def steps(first: list[Any], padding: int) -> Transform:
-        crop = transforms.RandomCrop((height, width), padding, pad_if_needed=True, padding_mode="reflect")
-        return transforms.Compose([*first, crop, transforms.RandomHorizontalFlip(hflip), *to_tensor])
-
-    shift = round(SHIFT * min(height, width))
-    return _BySize(preprocessing, steps([], shift), steps([resize], max(0, shift - margin)))
-
-
-def _timm_steps(preprocessing: Preprocessing) -> list[Any]:
-    """Resize, centre crop, tensor, normalisation."""
-    transform: Any = create_transform(
-        preprocessing.input_size,
-        is_training=False,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        crop_pct=preprocessing.crop_pct,
-        crop_mode=preprocessing.crop_mode,
-    )
-    return transform.transforms
-
-
-@dataclass(frozen=True)
-class _BySize:
-    """One transform for images of the input's size, another for all others."""
-
-    preprocessing: Preprocessing
-    same: Transform
-    other: Transform
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        height, width = self.preprocessing.input_size[1:]
-        return self.same(image) if image.size == (width, height) else self.other(image)
-
-
-class _Loader(DataLoader):
-    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
-
-    def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
 
 
 class _Generated(Dataset):
@@ -270,3 +197,7 @@ def _sources(config: RunConfig, channels: int) -> tuple[Source, Source | None]:
         return open_named(config.dataset, config.data, split_name, config.class_map, channels, keep=STREAMED)
 
     return named(config.train_split), named(config.val_split) if config.val_split else None
+
+
+def _length(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]

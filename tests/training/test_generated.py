@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcrprune.training.generate import GeneratedImages, one_over_f, paint_
+from kcrprune.training.images.generated import GeneratedImages, one_over_f, paint_
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kcrprune.training.randomness import number
+
 Floats = NDArray[np.floating]
+
+STAGE: Final = "generate"  # of the addresses of images
 
 # luminance, red-green and blue-yellow to RGB, scaled as they vary in photographs
 OPPONENT: Final = np.array([[1, 1, 1], [0.25, -0.25, 0], [0.15, 0.15, -0.3]], dtype=np.float32)
@@ -51,7 +55,7 @@ class GeneratedImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
-        return torch.from_numpy(generate(np.random.default_rng((self.seed, index)), self.size))
+        return torch.from_numpy(generate(np.random.default_rng(number(self.seed, STAGE, index, "image")), self.size))
 
 
 def generate(random: np.random.Generator, size: tuple[int, int]) -> Floats:

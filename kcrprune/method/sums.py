@@ -1,0 +1,39 @@
+"""Sums over images that add up: over batches, over shards and over the processes of a group."""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass
+class Sums:
+    """Base of a dataclass whose every field is additive: a float64 tensor, or a count."""
+
+    def merge_(self, other: Self) -> Self:
+        """Takes in what another has seen."""
+        for name, mine in self._fields().items():
+            theirs = getattr(other, name)
+            setattr(self, name, mine + (theirs.to(mine) if isinstance(mine, Tensor) else theirs))
+        return self
+
+    def sum_over_processes_(self) -> Self:
+        """Takes in what every other process of the group has seen of its own images; alone, it changes nothing.
+
+        A collective call: all processes make it, and all end with the same sums, bit for bit. What was summed once
+        must not be summed again.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # NCCL sums on GPUs alone
+        every = self._fields()
+        parts = [torch.as_tensor(value, dtype=torch.float64, device=device).flatten() for value in every.values()]
+        total = torch.cat(parts)  # counts are exact in it up to 2^53
+        distributed.all_reduce(total)
+        for (name, mine), part in zip(every.items(), total.split([len(part) for part in parts]), strict=True):
+            setattr(self, name, part.view(mine.shape).to(mine) if isinstance(mine, Tensor) else int(part))
+        return self
+
+    def _fields(self) -> dict[str, Tensor | int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}

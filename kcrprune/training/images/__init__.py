@@ -1,0 +1,1 @@
+"""The images of a run: opened, transformed, generated, divided into parts and dealt out in batches."""

@@ -1,0 +1,85 @@
+"""Batches of images: in order, or drawn by address."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from kcrprune.errors import DataError
+from kcrprune.training.randomness import generator, seeded
+
+Address = tuple[int, int]  # epoch, index of an image
+
+
+class Batches:
+    """(images, labels) of one stage: batch `step` follows from (seed, stage, step) alone.
+
+    An epoch takes all images in an order of its own, but for those that fill no batch, and augments each by (seed,
+    stage, epoch, image). So the number of processes that load changes no bit, nor does the step to begin with.
+    Iterated over, it is the first epoch.
+    """
+
+    def __init__(self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0) -> None:
+        self.dataset, self.size, self.seed, self.stage, self.workers = dataset, size, seed, stage, workers
+        self.images: int = len(dataset)  # type: ignore[arg-type]
+        assert 0 < size <= self.images, "an epoch has at least one batch"
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.images // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._loaded(islice(self._addresses(0), len(self)))
+
+    def from_step(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless batches from this step on."""
+        return self._loaded(self._addresses(step))
+
+    def _addresses(self, step: int) -> Iterator[list[Address]]:
+        first, done = divmod(step, len(self))
+        for epoch in count(first):
+            order = torch.randperm(self.images, generator=generator(self.seed, self.stage, epoch, "order"))
+            for batch in order.split(self.size)[done : len(self)]:
+                yield [(epoch, index) for index in batch.tolist()]
+            done = 0
+
+    def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
+        dataset = _Addressed(self.dataset, self.seed, self.stage)
+        return iter(_loader(dataset, self.workers, batch_sampler=addresses))
+
+
+def in_order(dataset: Dataset, size: int, *, workers: int = 0) -> DataLoader:
+    """Batches of a whole data set, in its order; the processes that load stay from one pass to the next."""
+    workers = 0 if isinstance(dataset, IterableDataset) else workers
+    return _loader(dataset, workers, batch_size=size, persistent_workers=workers > 0)
+
+
+class _Addressed(Dataset):
+    """The images of a data set by address, which what is drawn to augment them follows from."""
+
+    def __init__(self, dataset: Dataset, seed: int, stage: str) -> None:
+        self.dataset, self.seed, self.stage = dataset, seed, stage
+
+    def __getitem__(self, address: Address) -> Any:
+        epoch, index = address
+        with seeded(self.seed, self.stage, epoch, f"image {index}"):
+            return self.dataset[index]
+
+
+def _loader(dataset: Dataset, workers: int, **order: Any) -> DataLoader:
+    own = torch.Generator()  # loaders seed their processes, and would draw that from torch's global state
+    return _Loader(dataset, num_workers=workers, generator=own, **order)
+
+
+class _Loader(DataLoader):
+    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
+
+    def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            last_line = str(error).strip().splitlines()[-1]
+            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None

@@ -1,0 +1,52 @@
+"""What a run minimises, and the loss on held-out images that it decides by."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from kcrprune.config import RunConfig
+from kcrprune.errors import ConfigError
+from kcrprune.method.objective import Objective
+from kcrprune.training.evaluate import Remembered, evaluating
+
+
+def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Objective:
+    """The losses that a run asks for; ConfigError where it wants labels and there are none."""
+    labelled = labelled and config.labels
+    if config.task == "labels" and not labelled:
+        raise ConfigError("task 'labels' needs labelled images and a network with a head; use task 'distill'")
+    return Objective(
+        dense=dense,
+        use_labels=labelled and config.task != "distill",
+        use_dense=config.task != "labels",
+        kernel_weight=config.kernel_weight,
+        relative=config.kernel_norm == "relative",
+        smoothing=config.smoothing,
+        temperature=config.distill_temperature,
+    )
+
+
+class HeldOut:
+    """Images that decide between networks: the mean task loss on them, without the kernel term.
+
+    The dense network runs over them once, however many networks are compared.
+    """
+
+    def __init__(self, objective: Objective, batches: DataLoader, device: torch.device) -> None:
+        self.dense = Remembered(objective.dense)
+        self.objective = replace(objective, dense=self.dense, basis=None)
+        self.batches, self.device = batches, device
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Mean over the images, of `model` in eval mode; its own mode comes back."""
+        self.dense.rewind_()
+        total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with evaluating(model):
+            for inputs, labels in self.batches:
+                loss = self.objective(model, inputs.to(self.device), labels.to(self.device))
+                total += loss.total * len(inputs)
+                images += len(inputs)
+        return float(total) / max(1, images)
