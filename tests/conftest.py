@@ -78,7 +78,7 @@ TINY = (
     _vit("qk_norm", "vit_tiny_patch16_224", qk_norm=True),
     _swin("swin"),
     _swin("swin_padded", window_size=5),  # 14 and 7 tokens a side are no multiples of 5: windows are padded
-    _vit("hybrid", "vit_tiny_r_s16_p8_224", depth=1),
+    _vit("hybrid", "vit_tiny_r_s16_p8_224", embed_dim=96),
     _tiny(
         "swinv2",
         "swinv2",

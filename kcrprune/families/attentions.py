@@ -52,7 +52,7 @@ class SlimWindowV2(SlimAttention, WindowAttentionV2):
         """The vectors of x (B, h, N, d) over its length in the channels that are open."""
         if self.query_gate is None:
             return F.normalize(x, dim=-1)
-        return x / (x * self.gated(x)).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        return x * (x * self.gated(x)).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 class SlimEva(SlimAttention, EvaAttention):

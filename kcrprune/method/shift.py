@@ -39,7 +39,9 @@ class ExpectedMacs:
         head_of = [_head_gate(groups[index], head, gates, always) for index, head in rows]
 
         self.row_of, self.head_of = (torch.tensor(index, device=device) for index in (row_of, head_of))  # (n,), (R,)
-        self.group_of = torch.tensor([index for index, _ in rows], device=device)  # (R,)
+        self.any_heads = any(head != always for head in head_of)
+        self.of_group = torch.zeros(len(rows), len(groups), dtype=torch.float64, device=device)  # (R, G) ones
+        self.of_group[range(len(rows)), [index for index, _ in rows]] = 1
         self.spans, self.whole = (_wide(values, device) for values in (spans, whole))  # (n,), (R,)
         terms = [term for of_site in cost.terms.values() for term in of_site]
         keys = [group.key for group in groups]
@@ -49,25 +51,25 @@ class ExpectedMacs:
         self.rows = _wide([float(term.rows) for term in terms], device)  # (T,)
         dense = dense_widths(groups)
         counts = _wide([float(kept_count(group, dense)) for group in groups], device)
-        self.groups, self.rest = len(groups), 0.0
         self.rest = cost.dense - float(self._of_counts(counts[None])[0])  # what no group can change
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(S,) MACs, in float64, of logits (S, n) or (n,)."""
         kept = torch.nn.functional.pad(logits.double().view(-1, logits.shape[-1]), (0, 1), value=float("inf")).sigmoid()
-        return self._of_probabilities(kept)
+        return self._of_probabilities(kept) + self.rest
 
     def _of_probabilities(self, kept: Tensor) -> Tensor:
-        """Of probabilities (S, n + 1), the last of which is 1."""
+        """What gates can change, of probabilities (S, n + 1), the last of which is 1."""
         rows = self.whole.expand(len(kept), -1).index_add(1, self.row_of, kept[:, :-1] * self.spans)  # (S, R)
-        counts = kept.new_zeros(len(kept), self.groups)
-        return self._of_counts(counts.index_add(1, self.group_of, rows * kept[:, self.head_of]))
+        if self.any_heads:
+            rows = rows * kept.index_select(1, self.head_of)
+        return self._of_counts(rows @ self.of_group)
 
     def _of_counts(self, counts: Tensor) -> Tensor:
         """Of kept channels (S, G)."""
         (left, left_times), (right, right_times) = self.left, self.right
         sides = torch.addmm(left, counts, left_times) * torch.addmm(right, counts, right_times)  # (S, T)
-        return sides @ self.rows + self.rest
+        return sides @ self.rows
 
     @torch.no_grad()
     def shift_(self, logits: Tensor, target: float, reach: Tensor | float = REACH, rounds: int = 8) -> None:
@@ -78,15 +80,13 @@ class ExpectedMacs:
         beyond it can be needed, since the cost rises with every logit.
         """
         extended = torch.nn.functional.pad(logits.double(), (0, 1), value=float("inf"))  # (n + 1,)
-        steps = torch.arange(TRIED + 1, dtype=torch.float64, device=logits.device)  # (S,)
+        steps = torch.arange(1, TRIED, dtype=torch.float64, device=logits.device)  # (S,)
         low = -reach * torch.ones((), dtype=torch.float64, device=logits.device)
-        width = -2 * low / TRIED
-        for _ in range(rounds):
-            shifts = torch.addcmul(low, steps, width)
-            cost = self._of_probabilities((extended + shifts[:, None]).sigmoid())
-            part = (cost[1:] <= target).sum().clamp(max=TRIED - 1)
-            low = torch.addcmul(low, part, width)
-            width = width / TRIED
+        widths = -2 * low * TRIED ** -(1 + torch.arange(rounds, dtype=torch.float64, device=logits.device))
+        for width in widths:
+            shifts = torch.addcmul(low, steps, width)  # the ends of the bracket are known
+            cheap = self._of_probabilities((extended + shifts[:, None]).sigmoid()) <= target - self.rest
+            low = torch.addcmul(low, cheap.sum(), width)
         logits += low.to(logits)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from kcrprune.artifact.artifact import KEY, open_model, save_model
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
@@ -166,3 +167,15 @@ def test_preprocessing_of_an_artifact_may_be_overridden(tiny_vit, tmp_path):
     assert opened.preprocessing.mean == (0.5, 0.5, 0.5)
     assert opened.preprocessing.crop_pct == PREPROCESSING.crop_pct
     assert opened.preprocessing.source.startswith("--mean")
+
+
+@pytest.mark.parametrize("label", ["vit", "swin"])
+@torch.no_grad()
+def test_an_artifact_of_format_1_opens_to_the_same_outputs(label: str):
+    """Both were written before plans listed groups; they are never made anew."""
+    folder = Path(__file__).parent / "format_1"
+    wanted = load_file(folder / f"{label}.output.safetensors")
+    opened = open_model(folder / f"{label}.safetensors")
+    assert opened.plan is not None
+    assert not opened.plan.is_all
+    torch.testing.assert_close(opened.model(wanted["images"]), wanted["output"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,104 @@
+"""The proof by noise that a group is what its rule claims: closed channels that the network does not see.
+
+It runs on a copy, before a cut: an upstream class that changed its forward, a patched module or a wrong rule moves the
+output, and is refused before anything is lost.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.errors import UnsupportedModelError
+from kcrprune.families import Group, Key, Slot, owner_of
+from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.gated import add_gates_, harden_
+from kcrprune.surgery.narrow import keep_all, positions
+
+
+@torch.no_grad()
+def certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, images: Tensor) -> dict[Key, float]:
+    """By group, how far the output moves when what the plan closes is filled with noise; 0 where all is as claimed.
+
+    The gates of the plan close the readers' inputs while the closed rows of the writers hold noise. A group without
+    readers is closed at q: noise in q while the closed rows of k are zero, and the other way round.
+    """
+    masked = _masked(model, groups, plan)
+    expected = masked(images)
+    found = {}
+    for group in _claimed(groups):
+        rows = _closed_rows(group, plan)
+        found[group.key] = max(_moved(masked, expected, images, *(side(group, rows) for side in way)) for way in WAYS)
+    return found
+
+
+@torch.no_grad()
+def require_certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, images: Tensor) -> None:
+    """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first."""
+    masked = _masked(model, groups, plan)
+    expected = masked(images)
+    closed = [(group, _closed_rows(group, plan)) for group in _claimed(groups)]
+    for way in WAYS:
+        noisy, zero = ([part for group, rows in closed for part in side(group, rows)] for side in way)
+        if _moved(masked, expected, images, noisy, zero) != 0:
+            break
+    else:
+        return
+    for (site, axis), distance in certificate(model, groups, plan, images).items():
+        if distance != 0:
+            raise UnsupportedModelError(
+                f"{axis} of {site!r} ({type(model.get_submodule(site)).__name__}) is not what its rule says: noise in "
+                f"closed channels moves the output by {distance:.1e}; leave its block out with --exclude"
+            )
+
+
+Rows = Sequence[tuple[Slot, Sequence[int]]]  # closed rows of writers
+
+
+def _masked(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> nn.Module:
+    masked = copy.deepcopy(model)
+    harden_(add_gates_(masked, groups, [group for group in groups if not group.whole]), plan)
+    return masked.eval()
+
+
+def _claimed(groups: Sequence[Group]) -> list[Group]:
+    """Those with writers of their own: not the stream's channels, nor heads, which the other groups hold."""
+    return [group for group in groups if not group.wide and group.axis != "heads"]
+
+
+def _closed_rows(group: Group, plan: ChannelPlan) -> Rows:
+    kept = next(kept for kept in plan.groups if kept.key == group.key)
+    return [(slot, sorted(positions(slot, keep_all(group)) - positions(slot, kept))) for slot in group.writers]
+
+
+def _first(group: Group, rows: Rows) -> Rows:
+    return rows if group.readers else rows[: len(rows) // 2]
+
+
+def _second(group: Group, rows: Rows) -> Rows:
+    return () if group.readers else rows[len(rows) // 2 :]
+
+
+WAYS = ((_first, _second), (_second, _first))  # which closed rows hold noise, and which are zero
+
+
+def _moved(masked: nn.Module, expected: Tensor, images: Tensor, noisy: Rows, zero: Rows) -> float:
+    """How far the output moves with noise in some rows and zeros in others, which are put back afterwards."""
+    random = torch.Generator().manual_seed(0)
+    before = []
+    for rows, amount in ((noisy, 1.0), (zero, 0.0)):
+        for slot, index in rows:
+            for tensor in _written(masked, slot):
+                places = torch.tensor(index, dtype=torch.long, device=tensor.device)
+                before.append((tensor, places, tensor[places].clone()))
+                tensor[places] = amount * torch.randn(len(index), *tensor.shape[1:], generator=random).to(tensor)
+    distance = float((masked(images) - expected).abs().max())
+    for tensor, places, values in reversed(before):
+        tensor[places] = values
+    return distance
+
+
+def _written(model: nn.Module, slot: Slot) -> list[Tensor]:
+    owner = owner_of(model, slot.owner)
+    return [owner] if isinstance(owner, Tensor) else [t for t in (owner.weight, owner.bias) if isinstance(t, Tensor)]
