@@ -58,7 +58,7 @@ def test_no_block_ends_farther_from_the_dense_stream_than_its_refit(tiny: Tiny, 
 def test_blocks_that_lost_much_come_nearer(tiny: Tiny):
     model, images = tiny.model(), tiny.images(32)
     plan = random_plan(model, "tiny", 1)
-    watched = Watched(lr=1e-3)
+    watched = Watched(lr=1e-4)
     refit_(
         cut_(copy.deepcopy(model), plan),
         model,
@@ -68,7 +68,7 @@ def test_blocks_that_lost_much_come_nearer(tiny: Tiny):
         fit_block=watched,
     )
     assert watched.errors
-    assert all(after < before for before, after in watched.errors if before > 1e-6)
+    assert all(after < before for before, after in watched.errors if before > 0.2)
 
 
 def test_weights_that_end_farther_away_are_put_back():
