@@ -27,6 +27,7 @@ def scripts(monkeypatch):
         "budget",
         "common",
         "fetch",
+        "gated_step",
         "images",
         "kernel",
         "kernel_tables",
@@ -41,6 +42,7 @@ def scripts(monkeypatch):
         "progressive",
         "real_path",
         "refit_parts",
+        "train",
     ):
         sys.modules.pop(name, None)
 
@@ -320,6 +322,14 @@ def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
     assert "| ViT | 0.9 | 2 of 2 | 1 | 0.00600 |" in told
     assert "- late misses at 0.9 (gap 0.00600): its cheapest channel is 0.01000 of its MACs" in told
     assert "- late: 0.845 is the least with attn_query; refused at 0.8, 0.7, 0.6, 0.5, 0.4" in told
+
+
+def test_a_gate_step_is_timed_beside_a_dense_one():
+    from gated_step import row  # type: ignore[import-not-found]
+
+    name, *times, frozen, gated = row("deit", repeats=1)
+    assert (name, len(times)) == ("deit", 3)
+    assert 0 < float(frozen.split()[0]) < 2 * float(gated.split()[0])
 
 
 def kernel_row(seed, weight, **figures):

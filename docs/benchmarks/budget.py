@@ -6,7 +6,7 @@ Tries every name of the timm files whose networks may be of a class that a famil
 meta device, without weights; scores are random, MACs are those of torch's own counter, and the plan's MACs are
 predicted. After each network, RESULTS/budget.json has all figures so far and RESULTS/budget.md the table: for every
 kind of network and target how many reach it, how many plans lie in the window, and the worst gap; then, one by one,
-what misses and why. About ten minutes on one core.
+what misses and why. About twenty minutes on one core.
 """
 
 import argparse
