@@ -14,7 +14,7 @@ from PIL import Image
 
 import kcrprune
 from kcrprune.artifact.artifact import save_model
-from kcrprune.plan import BlockPlan, ChannelPlan, Kept, Preprocessing
+from kcrprune.plan import ChannelPlan, Kept, Preprocessing
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -27,6 +27,7 @@ def scripts(monkeypatch):
         "budget",
         "common",
         "fetch",
+        "gated_step",
         "images",
         "kernel",
         "kernel_tables",
@@ -41,6 +42,7 @@ def scripts(monkeypatch):
         "progressive",
         "real_path",
         "refit_parts",
+        "train",
     ):
         sys.modules.pop(name, None)
 
@@ -225,7 +227,7 @@ def test_moves_start_from_the_plan_that_the_tool_makes(noise, tmp_path):
     base, kinds = moves(bench)
     told = json.loads((run / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]["scores"]
     assert float(base[0].mean()) == pytest.approx(told, rel=1e-4)
-    groups = len(list(bench.groups()))
+    groups = len(bench.scores)
     assert [kind.same + len(kind.moves) for kind in kinds] == [len(FACTORS) * groups, len(EXCHANGES) * groups]
     assert all(kind.moves for kind in kinds), "some move changes the plan"
     text = to_markdown(base, kinds)
@@ -236,11 +238,17 @@ def test_moves_start_from_the_plan_that_the_tool_makes(noise, tmp_path):
 def test_an_exchange_gives_the_weakest_kept_for_the_strongest_dropped():
     from moves import swapped  # type: ignore[import-not-found]
 
-    score = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
-    assert swapped(Kept(width=6, indices=(0, 2, 4)), score, 1 / 3).indices == (0, 2, 3)
-    assert swapped(Kept(width=6, indices=(0, 2)), score, 1.0).indices == (3, 4)
-    assert swapped(Kept(width=6, indices=(0, 1, 2, 3, 4)), score, 0.01).indices == (0, 2, 3, 4, 5)
-    assert swapped(Kept.all_of(6), score, 0.5).is_all
+    def exchanged(indices, share):
+        kept = Kept(site="block.mlp", axis="mlp_hidden", width=6, channels=(indices,))
+        return swapped(kept, torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), share).channels
+
+    assert exchanged((0, 2, 4), 1 / 3) == ((0, 2, 3),)
+    assert exchanged((0, 2), 1.0) == ((3, 4),)
+    assert exchanged((0, 1, 2, 3, 4), 0.01) == ((0, 2, 3, 4, 5),)
+    assert exchanged(tuple(range(6)), 0.5) == (tuple(range(6)),)
+    heads = Kept(site="block.attn", axis="attn_value", heads=3, width=2, kept_heads=(0, 2), channels=((0,), (0,)))
+    scores = torch.tensor([[2.0, 1.0], [0.0, 0.0], [1.0, 2.0]])
+    assert swapped(heads, scores, 1.0).channels == ((1,), (0,)), "the strongest goes where all are exchanged"
 
 
 def test_rows_share_one_protocol_and_a_peer_that_is_missing_has_one(bench, monkeypatch):
@@ -314,6 +322,14 @@ def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
     assert "| ViT | 0.9 | 2 of 2 | 1 | 0.00600 |" in told
     assert "- late misses at 0.9 (gap 0.00600): its cheapest channel is 0.01000 of its MACs" in told
     assert "- late: 0.845 is the least with attn_query; refused at 0.8, 0.7, 0.6, 0.5, 0.4" in told
+
+
+def test_a_gate_step_is_timed_beside_a_dense_one():
+    from gated_step import row  # type: ignore[import-not-found]
+
+    name, *times, frozen, gated = row("deit", repeats=1)
+    assert (name, len(times)) == ("deit", 3)
+    assert 0 < float(frozen.split()[0]) < 2 * float(gated.split()[0])
 
 
 def kernel_row(seed, weight, **figures):
@@ -413,20 +429,18 @@ def test_a_seed_goes_through_the_whole_grid_and_the_strongest_term_sees_all_imag
 def test_pictures_show_how_often_each_channel_is_kept(tmp_path):
     from pictures import draw_kept, draw_kernel, kept_shares  # type: ignore[import-not-found]
 
-    def block(site, hidden, first, second):
-        whole, heads = Kept.all_of(4), (Kept(width=3, indices=first), Kept(width=3, indices=second))
-        return BlockPlan(
-            site=site,
-            mlp_io=whole,
-            mlp_hidden=Kept(width=4, indices=hidden),
-            heads=Kept.all_of(2),
-            attn_query=heads,
-            attn_value=heads,
+    def block(name, hidden, *by_head):
+        return (
+            *(
+                Kept(site=f"{name}.attn", axis=axis, heads=2, width=3, kept_heads=(0, 1), channels=by_head)
+                for axis in ("attn_query", "attn_value")
+            ),
+            Kept(site=f"{name}.mlp", axis="mlp_hidden", width=4, channels=(hidden,)),
         )
 
     plans = [
-        ChannelPlan(architecture="x", blocks=(block("a", (0, 1), (0, 1), (0, 2)), block("b", (3,), (0,), (0,)))),
-        ChannelPlan(architecture="x", blocks=(block("a", (0, 2), (0, 1), (0, 1)), block("b", (3,), (0,), (1,)))),
+        ChannelPlan(architecture="x", groups=(*block("a", (0, 1), (0, 1), (0, 2)), *block("b", (3,), (0,), (0,)))),
+        ChannelPlan(architecture="x", groups=(*block("a", (0, 2), (0, 1), (0, 1)), *block("b", (3,), (0,), (1,)))),
     ]
     assert [row.tolist() for row in kept_shares(plans, "mlp_hidden")] == [[1, 0.5, 0.5, 0], [0, 0, 0, 1]]
     assert [row.tolist() for row in kept_shares(plans, "attn_query")] == [[1, 0.75, 0.25], [0.75, 0.25, 0]]

@@ -6,7 +6,7 @@ Tries every name of the timm files whose networks may be of a class that a famil
 meta device, without weights; scores are random, MACs are those of torch's own counter, and the plan's MACs are
 predicted. After each network, RESULTS/budget.json has all figures so far and RESULTS/budget.md the table: for every
 kind of network and target how many reach it, how many plans lie in the window, and the worst gap; then, one by one,
-what misses and why. About ten minutes on one core.
+what misses and why. About twenty minutes on one core.
 """
 
 import argparse
@@ -27,19 +27,24 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kcrprune.config import RunConfig
 from kcrprune.errors import BudgetError, UnsupportedModelError
-from kcrprune.families import BlockSite, sites
-from kcrprune.method.budget import WINDOW, Purse, channel_macs, dense_widths, predicted_macs, solve
-from kcrprune.plan import Axis
+from kcrprune.families import contract_of, family_of
+from kcrprune.method.budget import WINDOW, Scores, solve
+from kcrprune.method.cost import MacCost
+from kcrprune.method.gates import Gates
+from kcrprune.pipeline.network import opened
+from kcrprune.plan import AXES, Axis
 
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-AXES: tuple[Axis, ...] = ("mlp_hidden", "attn_query", "attn_value")
 KINDS = {  # a timm file, and what its networks are called in the table
     "vision_transformer": "ViT",
     "vision_transformer_hybrid": "ViT behind convolutions",
     "vitamin": "ViT behind convolutions",
     "deit": "DeiT",
     "swin_transformer": "Swin",
+    "swin_transformer_v2": "Swin V2",
+    "eva": "EVA, DINOv3 and other rotary ViTs",
 }
 log = logging.getLogger("budget")
 
@@ -54,7 +59,7 @@ class Result:
     macs: int = 0
     axes: tuple[Axis, ...] = ()
     floor: float = 0.0  # smallest share of the dense MACs that the axes reach
-    channel: float = 0.0  # share of the cheapest channel of an open axis
+    channel: float = 0.0  # share of the cheapest channel of an open axis, or pair that goes together
     gaps: dict[float, float] = field(default_factory=dict)  # target minus the plan's share
     seconds: float = 0.0  # of the solver, all targets together
 
@@ -69,43 +74,39 @@ def measured(name: str, kind: str) -> Result:
     try:
         with torch.device("meta"):
             model = timm.create_model(name).eval()
-        found = sites(model)
+        family_of(model)
     except (UnsupportedModelError, RuntimeError, NotImplementedError) as error:
         return Result(name, kind, refused=str(error))
-    macs = meta_macs(model)
-    purse = Purse(macs, found, {site.name: tuple(axis for axis in AXES if axis in site.axes) for site in found})
-    opened = tuple(axis for axis in AXES if any(axis in axes for axes in purse.open_axes.values()))
-    cheapest = min(channel_macs(site, axis) for site in found for axis in purse.open_axes[site.name])
-    result = Result(name, kind, None, macs, opened, purse.floor() / macs, cheapest / macs)
-    scores = random_scores(found, torch.Generator().manual_seed(0))
+    size = resolve_model_data_config(model)["input_size"]
+    macs = meta_macs(model, size)
+    cost = MacCost.of(model, contract_of(model, size), macs)
+    allowed = opened(cost, RunConfig())
+    axes = tuple(axis for axis in AXES if any(group.axis == axis for group in allowed.opened))
+    cheapest = min(cost.channel(group) for group in allowed.opened)
+    result = Result(name, kind, None, macs, axes, allowed.floor() / macs, cheapest / macs)
+    scores = random_scores(Gates(allowed.opened, torch.device("cpu")))
     start = time.monotonic()
     for target in TARGETS:
         try:
-            plan = solve(purse, scores, target, name)
+            plan = solve(allowed, scores, target, name)
         except BudgetError:
             continue
-        result.gaps[target] = target - predicted_macs(macs, found, plan) / macs
+        result.gaps[target] = target - cost.predicted(plan) / macs
     result.seconds = time.monotonic() - start
     return result
 
 
-def meta_macs(model: nn.Module) -> int:
-    """MACs of one image at the network's own size, by torch's counter; one MAC is two of its FLOPs."""
-    size = resolve_model_data_config(model)["input_size"]
+def meta_macs(model: nn.Module, size: tuple[int, int, int]) -> int:
+    """MACs of one image of this size (C, H, W), by torch's counter; one MAC is two of its FLOPs."""
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with plain, FlopCounterMode(display=False) as counter:  # its module tracker wants gradients
         model(torch.zeros(1, *size, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def random_scores(found: tuple[BlockSite, ...], generator: torch.Generator) -> dict[str, dict[Axis, torch.Tensor]]:
-    """Log-normal scores of every channel."""
-    scores: dict[str, dict[Axis, torch.Tensor]] = {site.name: {} for site in found}
-    for site in found:
-        for axis in AXES:
-            shape = (site.heads, site.head_dim) if axis != "mlp_hidden" else (dense_widths(site)[axis],)
-            scores[site.name][axis] = torch.randn(shape, generator=generator).mul(2).exp()
-    return scores
+def random_scores(gates: Gates) -> Scores:
+    """Log-normal scores of every gate."""
+    return gates.by_group(torch.randn(len(gates.logits), generator=torch.Generator().manual_seed(0)).mul(2).exp())
 
 
 def to_markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig
-from kcrprune.families import FeatureTap, sites
+from kcrprune.families import FeatureTap
 from kcrprune.measure.macs import count_macs
-from kcrprune.method.budget import dense_widths, solve
+from kcrprune.method.budget import Allowed, solve
+from kcrprune.method.gates import Gates
 from kcrprune.method.kernel_complexity import (
     Covariance,
     kernel_complexity,
@@ -46,12 +47,12 @@ from kcrprune.method.kernel_complexity import (
     separable_tnn,
     tails,
 )
-from kcrprune.pipeline.network import purse_of
+from kcrprune.method.shift import ExpectedMacs
+from kcrprune.pipeline.network import allowed_of
 from kcrprune.surgery.gated import add_gates_
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 from kcrprune.training.features import KernelWatch, feature_covariance
 from kcrprune.training.losses import make_objective
-from kcrprune.training.search import shift_to_budget_
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 WIDTH = 768  # features of a ViT-B
@@ -132,7 +133,7 @@ class Network:
     name: str
     dense: nn.Module
     pruned: nn.Module
-    macs: int
+    allowed: Allowed
     config: RunConfig
     inputs: Tensor  # (n, 3, H, W)
     labels: Tensor
@@ -153,17 +154,12 @@ def network(name: str, checkpoint: Path, images: Tensor, labels: Tensor) -> Netw
     larger = images.float() if images.shape[-2:] == size else F.interpolate(images.float(), size=size, mode="bicubic")
     config = RunConfig(task="auto", device="cpu", workers=0)
     macs = count_macs(opened.model, prepared.input_size)
-    scores = {
-        site.name: {
-            axis: torch.rand((site.heads, site.head_dim) if axis.startswith("attn") else (dense_widths(site)[axis],))
-            for axis in config.axes
-        }
-        for site in sites(opened.model)
-    }
-    plan = solve(purse_of(opened.model, macs, config), scores, config.target_flops, name)
-    pruned = apply_plan_(copy.deepcopy(opened.model), plan)
+    allowed = allowed_of(opened.model, macs, prepared.input_size, config)
+    gates = Gates(allowed.opened, torch.device("cpu"))
+    plan = solve(allowed, gates.by_group(torch.rand(len(gates.logits))), config.target_flops, name)
+    pruned = cut_(copy.deepcopy(opened.model), plan)
     inputs = normalised(larger, prepared.mean, prepared.std)
-    return Network(name, opened.model.eval(), pruned, macs, config, inputs, labels)
+    return Network(name, opened.model.eval(), pruned, allowed, config, inputs, labels)
 
 
 class Arm:
@@ -178,10 +174,10 @@ class Arm:
         self.model = copy.deepcopy(model).train()
         self.generator = torch.Generator().manual_seed(0)
         if stage == "search":
-            self.gates = add_gates_(self.model, self.config.axes)
-            self.learned = list(self.gates.parameters())
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(any(parameter is logits for logits in self.learned))
+            allowed = network.allowed
+            self.gates = add_gates_(self.model.requires_grad_(False), allowed.groups, allowed.opened)
+            self.expected = ExpectedMacs(allowed.cost, self.gates)
+            self.learned = [self.gates.logits]
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.learned, lr=self.config.search_lr)
         else:
             self.learned = list(self.model.parameters())
@@ -193,14 +189,17 @@ class Arm:
     def step_(self, batch: Batch) -> None:
         """One step of search or recovery, as kcrprune takes it."""
         if self.stage == "search":
-            self.gates.sample_(1.0, self.generator)
+            self.gates.sample_(1.0, torch.rand(self.gates.logits.shape, generator=self.generator))
+            before = self.gates.logits.detach().clone()
         loss = self.objective(self.model, *batch)
         self.optimizer.zero_grad()
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.learned, self.config.clip_grad)
         self.optimizer.step()
         if self.stage == "search":
-            shift_to_budget_(self.gates, self.network.macs, self.config.target_flops)
+            change = (self.gates.logits.detach() - before).abs().max()
+            budget = self.config.target_flops * self.network.allowed.cost.dense
+            self.expected.shift_(self.gates.logits.data, budget, 1.01 * change + 1e-6, rounds=5)
         if self.watch is not None:
             self.watch.see_(loss.features)
 

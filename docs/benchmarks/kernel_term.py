@@ -36,7 +36,7 @@ from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
-from kcrprune.plan import ChannelPlan
+from kcrprune.plan import PER_HEAD, ChannelPlan
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.images.sets import open_images
 
@@ -223,12 +223,13 @@ def read_run(folder: Path, cell: Cell, seed: int, training: Evaluation) -> Row:
 def kept_channels(plan: ChannelPlan) -> dict[str, dict[str, Any]]:
     """Kept indices by axis and block; for the two attention axes, by head."""
     found: dict[str, dict[str, Any]] = {}
-    for block in plan:
-        for axis in ("mlp_io", "mlp_hidden", "heads"):
-            found.setdefault(axis, {})[block.site] = getattr(block, axis).model_dump(mode="json")
-        for axis in ("attn_query", "attn_value"):
-            for head, kept in zip(block.heads.indices, getattr(block, axis), strict=True):
-                found.setdefault(axis, {})[f"{block.site} head {head}"] = kept.model_dump(mode="json")
+    for kept in plan:
+        of_axis = found.setdefault(kept.axis, {})
+        for head, channels in zip(kept.kept_heads, kept.channels, strict=True):
+            name = f"{kept.block} head {head}" if kept.axis in PER_HEAD else kept.block
+            of_axis[name] = {"width": kept.width, "indices": list(channels)}
+        if kept.axis in PER_HEAD:
+            found.setdefault("heads", {})[kept.block] = {"width": kept.heads, "indices": list(kept.kept_heads)}
     return found
 
 

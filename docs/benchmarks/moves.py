@@ -15,7 +15,7 @@ table is RESULTS/moves-NETWORK-TARGET.md, with its figures beside it as JSON.
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,17 @@ from common import WEIGHTS, first_images, machine_facts, parser_of
 from torch import Tensor, nn
 
 from kcrprune.config import load_config
+from kcrprune.families import Key
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.tables import ABSENT, Table, markdown
-from kcrprune.method.budget import Purse, Scores, solve
+from kcrprune.method.budget import Scores, solve
 from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.network import open_for_run, purse_of
+from kcrprune.pipeline.network import allowed_of, open_for_run
 from kcrprune.pipeline.parts import divide
-from kcrprune.plan import ChannelPlan, Kept
+from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
 from kcrprune.surgery.balance import balance_
-from kcrprune.surgery.gated import add_gates_, remove_gates_
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.gated import add_gates_
+from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
@@ -59,8 +60,7 @@ COUNTED = (
 TEST_IMAGES = 4000
 log = logging.getLogger("moves")
 
-Group = tuple[str, str]  # block and axis
-Changes = Mapping[Group, float]  # factors, 1 where there is none, or shares that are exchanged, 0 where there is none
+Changes = Mapping[Key, float]  # factors, 1 where there is none, or shares that are exchanged, 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -92,57 +92,41 @@ class Bench:
         config = load_config("default", None, {"target_flops": target, "data": str(data), "seed": seed})
         opened = open_for_run(checkpoint, config)
         self.dense = opened.model.eval()
-        self.purse: Purse = purse_of(self.dense, count_macs(self.dense, opened.preprocessing.input_size), config)
+        size = opened.preprocessing.input_size
+        self.allowed = allowed_of(self.dense, count_macs(self.dense, size), size, config)
         parts = divide(open_images(config, opened.preprocessing, class_count(self.dense)), config)
         self.target, self.name, self.calibration = target, opened.architecture.name, parts.calibration
         self.balanced = copy.deepcopy(self.dense)
-        balance_(self.balanced, self.purse.sites, self.calibration)
-        self.scores = self._scored(parts.scoring, config.axes, seed)
+        balance_(self.balanced, self.allowed.groups, self.calibration)
+        self.scores = self._scored(parts.scoring, seed)
         assert parts.evaluation is not None
         self.images = [[images for images, _ in loader] for loader in (parts.held_out, parts.evaluation)]
         self.dense_logits = [logits(self.dense, images) for images in self.images]
 
-    def _scored(self, images: Sequence[Tensor], axes: Sequence, seed: int) -> Scores:
-        model = copy.deepcopy(self.balanced)
-        labels = generator(seed, "order", 0, "labels")
-        found = innovations_of(model, self.purse.open_axes, self.purse.sites, images, labels)
-        gates = add_gates_(model, axes, innovations=found)
-        scores = fisher_scores(model, gates, images, generator(seed, "score", 0, "labels"))
-        remove_gates_(model, gates)
-        return scores
+    def _scored(self, images: Sequence[Tensor], seed: int) -> Scores:
+        model, labels = copy.deepcopy(self.balanced), generator(seed, "order", 0, "labels")
+        found = innovations_of(model, self.allowed.opened, images, labels)
+        gates = add_gates_(model, self.allowed.groups, self.allowed.opened, innovations=found)
+        return fisher_scores(model, gates, images, generator(seed, "score", 0, "labels"))
 
     def plan(self, factors: Changes) -> ChannelPlan:
         """What the scores buy once some are multiplied."""
-        changed = {
-            name: {axis: score * factors.get((name, axis), 1) for axis, score in of_axis.items()}
-            for name, of_axis in self.scores.items()
-        }
-        return solve(self.purse, changed, self.target, self.name)
+        changed = {key: score * factors.get(key, 1) for key, score in self.scores.items()}
+        return solve(self.allowed, changed, self.target, self.name)
 
     def exchanged(self, plan: ChannelPlan, shares: Changes) -> ChannelPlan:
         """`plan` with the weakest kept channels of some groups given for the strongest that were dropped."""
-        blocks = {block.site: block for block in plan}
-        for (name, axis), share in shares.items():
-            block, score = blocks[name], self.scores[name][axis]
-            kept, heads = getattr(block, axis), block.heads.indices
-            new = (
-                swapped(kept, score, share)
-                if isinstance(kept, Kept)
-                else tuple(swapped(one, score[head], share) for head, one in zip(heads, kept, strict=True))
-            )
-            blocks[name] = block.model_copy(update={axis: new})
-        return plan.model_copy(update={"blocks": tuple(blocks.values())})
+        entries = (
+            swapped(kept, self.scores[kept.key], shares[kept.key]) if kept.key in shares else kept for kept in plan
+        )
+        return plan.model_copy(update={"groups": tuple(entries)})
 
     def distances(self, plan: ChannelPlan) -> list[Tensor]:
         """KL divergence of each image, held out and of the test set, after cut and refit."""
-        pruned = apply_plan_(copy.deepcopy(self.balanced), plan)
-        refit_(pruned, self.balanced, self.purse.sites, plan, self.calibration)
+        pruned = cut_(copy.deepcopy(self.balanced), plan)
+        refit_(pruned, self.balanced, self.allowed.groups, plan, self.calibration)
         ours = [logits(pruned, images) for images in self.images]
         return [(p.exp() * (p - q)).sum(1) for p, q in zip(self.dense_logits, ours, strict=True)]
-
-    def groups(self) -> Iterator[Group]:
-        """Every block and open axis."""
-        return ((name, axis) for name, of_axis in self.scores.items() for axis in of_axis)
 
 
 @torch.no_grad()
@@ -152,11 +136,16 @@ def logits(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
 
 
 def swapped(kept: Kept, score: Tensor, share: float) -> Kept:
-    """As many channels, the weakest of which were dropped before; a share of those kept or dropped, at least one."""
-    width = len(kept.indices)
+    """As many channels of each head, the weakest of which were dropped; a share of those kept or dropped, at least one.
+
+    The `score` (width,) of an MLP's channels, or (h, width) of those inside heads.
+    """
+    width = kept.kept_width
     count = max(1, round(share * min(width, kept.width - width))) if width < kept.width else 0
-    ranked = score.argsort(descending=True).tolist()
-    return Kept(width=kept.width, indices=tuple(sorted(ranked[: width - count] + ranked[width : width + count])))
+    by_head = score if kept.axis in PER_HEAD else score[None]
+    ranked = [by_head[head].argsort(descending=True).tolist() for head in kept.kept_heads]
+    channels = tuple(tuple(sorted(one[: width - count] + one[width : width + count])) for one in ranked)
+    return kept.model_copy(update={"channels": channels})
 
 
 def moves(bench: Bench) -> tuple[list[Tensor], list[Kind]]:
@@ -182,7 +171,7 @@ def tried(
 ) -> Kind:
     """Every change of every group, and those together that lowered the held-out distance most in their groups."""
     found, same, helping = [], 0, {}
-    for group in bench.groups():
+    for group in bench.scores:
         best = 0.0
         for change in changes:
             plan = plan_of({group: change})

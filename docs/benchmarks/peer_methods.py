@@ -24,7 +24,7 @@ from kcrprune.families import build, classifiers
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.objective import logit_distance
 from kcrprune.pipeline.run import Run
-from kcrprune.surgery.pruned import apply_plan_
+from kcrprune.surgery.narrow import cut_
 
 NOT_PRUNING = ("load", "measure pruned", "save")  # stages of a run whose time is not counted
 GRADIENT_BATCHES = 16  # batches of training images whose gradients Taylor scores sum: as many as kcrprune scores on
@@ -87,7 +87,7 @@ def scratch(task: Task) -> Pruned:
         plan = open_model(result.folder).plan
     assert plan is not None, "a run's network has a plan"
     torch.manual_seed(task.run.config.seed)
-    return Pruned(apply_plan_(build(task.run.opened.architecture), plan).eval(), 0.0)
+    return Pruned(cut_(build(task.run.opened.architecture), plan).eval(), 0.0)
 
 
 def _compressed(task: Task, folder: Path, **settings: Any) -> Any:

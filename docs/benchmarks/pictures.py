@@ -28,7 +28,7 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.config import load_config
 from kcrprune.pipeline.describe import class_count
 from kcrprune.pipeline.parts import divide
-from kcrprune.plan import Axis, ChannelPlan, Kept
+from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
 
@@ -78,15 +78,11 @@ class Bench:
 
 def kept_shares(plans: Sequence[ChannelPlan], axis: Axis) -> list[np.ndarray]:
     """For each block, how often each channel is kept over the plans and, where there are heads, over the heads."""
-    shares = []
-    for blocks in zip(*plans, strict=True):
-        kept = [one for block in blocks for one in _groups(getattr(block, axis))]
-        shares.append(np.mean([np.isin(np.arange(one.width), one.indices) for one in kept], axis=0))
-    return shares
-
-
-def _groups(kept: Kept | tuple[Kept, ...]) -> tuple[Kept, ...]:
-    return (kept,) if isinstance(kept, Kept) else kept
+    return [
+        np.mean([np.isin(np.arange(kept[0].width), one) for entry in kept for one in entry.channels], axis=0)
+        for kept in zip(*plans, strict=True)
+        if kept[0].axis == axis
+    ]
 
 
 def draw_kept(plans: Sequence[ChannelPlan], title: str, path: Path) -> None:
@@ -102,7 +98,7 @@ def draw_kept(plans: Sequence[ChannelPlan], title: str, path: Path) -> None:
             panel.text(1.01 * widest, number, f"{row.mean():.0%}", va="center", fontsize=8)
         image = panel.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         panel.set(title=axis, xlabel=label, yticks=range(len(shares)))
-        panel.set_yticklabels([block.site for block in plans[0].blocks] if panel is panels[0] else [])
+        panel.set_yticklabels(plans[0].blocks if panel is panels[0] else [])
     assert image is not None
     figure.colorbar(image, ax=panels, label="share of the seeds (and heads) that keep it", pad=0.03)
     figure.suptitle(f"{title}; at the right of each row the share of the block's channels that stay")
