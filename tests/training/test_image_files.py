@@ -179,6 +179,16 @@ def test_folders_are_the_classes_of_their_name(tmp_path: Path, bear: str):
     assert images.class_names == ("zebra", bear, "ant")
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_is_held_out_of_the_training_images_is_matched_as_they_are(tmp_path: Path, labels: bool):
+    write_classes(tmp_path, "ant", "polar_bear", "zebra", each=20)
+    images = opened(tmp_path, 3, NAMES, labels=labels)
+    dataset: Any = images.evaluate
+    names = [Path(dataset.dataset.source.items.files.names[index]).parent.name for index in dataset.indices]
+    assert labels_of(dataset) == [{"zebra": 0, "polar_bear": 1, "ant": 2}[name] for name in names]
+    assert len(set(names)) > 1
+
+
 def test_some_of_the_classes_suffice_to_evaluate_and_not_to_train(tmp_path: Path):
     write_classes(tmp_path, "zebra", each=1)
     assert labels_of(open_evaluation(str(tmp_path), PREPROCESSING, 3, class_names=NAMES)) == [0]

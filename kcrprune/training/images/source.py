@@ -74,7 +74,9 @@ class Source:
             )
         if found is None:
             return self
-        return replace(self, class_indices=found, renumbered={own[name]: index for name, index in found.items()})
+        step = {own[name]: index for name, index in found.items()}
+        whole = step if self.renumbered is None else {first: step[last] for first, last in self.renumbered.items()}
+        return replace(self, class_indices=found, renumbered=whole)
 
     def _name(self, item: Any, index: int) -> str:
         return getattr(item, "name", None) or f"image {index} of {self.place}"
