@@ -77,6 +77,10 @@ def check_memory(needed: int, path: Path) -> None:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three of a file's names for people; a name of a stranger may hold anything, also terminal codes."""
-    shown = [name[:60] if name.isprintable() else repr(name[:60]) for name in names[:3]]
-    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
+    """The first three of a file's names for people."""
+    return ", ".join(printable(name, 60) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def printable(text: str, most: int = 200) -> str:
+    """The beginning of a stranger's text for people; it may hold anything, also terminal codes."""
+    return text[:most] if text.isprintable() else repr(text[:most])

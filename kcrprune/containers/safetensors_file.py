@@ -1,23 +1,22 @@
-"""Safetensors files, checked against their own size before a tensor is read.
+"""Safetensors files, opened by their own library, within limits of ours.
 
 Layout: 8 bytes of header length (little endian), the header (JSON: name -> dtype, shape, data_offsets), the tensors.
 """
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from kcrprune.containers.contents import Shape, TensorRef
-from kcrprune.containers.strict_json import LARGEST, parse_object
+from kcrprune.containers.contents import TensorRef, printable
+from kcrprune.containers.strict_json import LARGEST
 from kcrprune.errors import CheckpointError
 
-DTYPES: dict[str, torch.dtype] = {
+DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -41,67 +40,23 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; CheckpointError where it contradicts itself or the size of the file."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, LARGEST):
-            raise CheckpointError(f"{path} is not a whole safetensors file: its header cannot be {length} bytes long")
-        raw = parse_object(file.read(length), f"the header of {path}")
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: the metadata in its header is not a table of texts")
-    begin = 8 + length
-    tensors = {name: _entry(path, name, entry, begin, size) for name, entry in raw.items()}
-    _no_overlap(path, raw, size - begin)
-    return Header(tensors, metadata)
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST:  # the library takes 15 bytes of memory for a byte of header
+        raise CheckpointError(f"{path} is not a whole safetensors file: its header cannot be {length} bytes long")
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {printable(str(error))}") from error
+    return Header({name: _ref(path, opened, name) for name in opened.keys()}, opened.metadata() or {})  # noqa: SIM118 (no mapping)
 
 
-def _entry(path: Path, name: str, entry: Any, begin: int, size: int) -> TensorRef:
-    wrong = CheckpointError(f"{path}: the header's entry for {name[:80]!r} is damaged")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise wrong
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not (_naturals(shape) and len(shape) <= 8 and _naturals(offsets) and len(offsets) == 2):
-        raise wrong
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise CheckpointError(
-            f"{path}: tensor {name[:80]!r} has the type {str(entry['dtype'])[:20]!r}, which is not read"
-        )
-    first, last = offsets
-    if last - first != prod(shape) * dtype.itemsize or begin + last > size:
-        raise CheckpointError(f"{path} is damaged or cut short: tensor {name[:80]!r} does not fit into the file")
-    return TensorRef(dtype, tuple(shape), _reader(path, begin + first, dtype, tuple(shape)))
-
-
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
-
-
-def _no_overlap(path: Path, raw: Mapping[str, Any], size: int) -> None:
-    end = 0
-    for first, last in sorted(entry["data_offsets"] for entry in raw.values()):
-        if first != end:
-            raise CheckpointError(f"{path} is damaged: its tensors overlap or leave gaps")
-        end = last
-    if end != size:
-        raise CheckpointError(f"{path} is damaged or cut short: its tensors end at byte {end} of {size}")
-
-
-def _reader(path: Path, offset: int, dtype: torch.dtype, shape: Shape) -> Any:
-    def read() -> Tensor:
-        count = prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = bytearray(count * dtype.itemsize)
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{path} became shorter while it was read")
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-    return read
+def _ref(path: Path, opened: safe_open, name: str) -> TensorRef:
+    tensor = opened.get_slice(name)
+    kind, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    if kind not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {printable(name)} has the type {kind}, which is not read")
+    return TensorRef(DTYPES[kind], shape, partial(opened.get_tensor, name))
 
 
 def is_safetensors(path: Path) -> bool:

@@ -104,7 +104,8 @@ def peak_memory_mib() -> float:
     if platform.system() == "Windows":
         import psutil
 
-        return psutil.Process().memory_info().peak_wset / 2**20
+        memory: Any = psutil.Process().memory_info()  # its fields are the system's
+        return memory.peak_wset / 2**20
     from resource import RUSAGE_SELF, getrusage  # not on Windows; elsewhere psutil tells no peak
 
     return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)

@@ -40,10 +40,9 @@ HEADERS = {
     "not JSON": b"{'w': 1}",
     "not text": b'{"\xff": 1}',
     "nested for ever": b'{"w":' + b"[" * 100_000,
-    "a name twice": b'{"w":' + json.dumps(entry()).encode() + b',"w":' + json.dumps(entry()).encode() + b"}",
     "metadata of numbers": {"__metadata__": {"a": 1}, "w": entry()},
     "no offsets": {"w": {"dtype": "F32", "shape": [2]}},
-    "another key": {"w": entry() | {"surprise": 1}},
+    "an unknown type that is no word": {"w": entry("\x1b[31m\n" * 99)},
     "an unknown type": {"w": entry("F8_E4M3")},
     "a type that is a list": {"w": entry() | {"dtype": ["F32"]}},
     "a negative size": {"w": entry(shape=(-2,))},
@@ -62,13 +61,20 @@ HEADERS = {
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
 def test_a_false_header_is_refused(tmp_path, header):
-    with pytest.raises(CheckpointError, match=r"file\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"file\.safetensors") as caught:
         read_header(written(tmp_path / "file.safetensors", header))
+    assert str(caught.value).isprintable()
+
+
+def test_a_tensor_may_lie_at_any_byte(tmp_path):
+    header = {"odd": entry("U8", (1,), (0, 1)), "w": entry("F32", (2,), (1, 9))}
+    path = written(tmp_path / "file.safetensors", header, b"\1" + struct.pack("<2f", 1, 2))
+    assert read_header(path).tensors["w"].read().tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**63, 2**64 - 1])
 def test_a_false_header_length_is_refused(tmp_path, length):
-    with pytest.raises(CheckpointError, match="its header cannot be"):
+    with pytest.raises(CheckpointError, match="header"):
         read_header(written(tmp_path / "file.safetensors", {"w": entry()}, length=length))
 
 
