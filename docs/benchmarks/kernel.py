@@ -46,7 +46,7 @@ from kcrprune.method.kernel_complexity import (
     separable_tnn,
     tails,
 )
-from kcrprune.pipeline.network import purse_of
+from kcrprune.run.network import purse_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.training.loop import KernelWatch, feature_covariance, make_objective

@@ -35,11 +35,11 @@ from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.families import FeatureTap
 from kcrprune.measure.tables import ABSENT, Table, markdown
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.parts import divide
+from kcrprune.run.describe import class_count
 from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.loop import endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.parts import divide
 from kcrprune.training.recover import recover_
 
 log = logging.getLogger("kernel_where")

@@ -29,16 +29,16 @@ from kcrprune.config import load_config
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.method.budget import Purse, Scores, solve
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.network import open_for_run, purse_of
-from kcrprune.pipeline.parts import divide
 from kcrprune.plan import ChannelPlan, Kept
+from kcrprune.run.describe import class_count
+from kcrprune.run.network import open_for_run, purse_of
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.pruned import apply_plan_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.data import open_images
 from kcrprune.training.innovations import innovations_of
+from kcrprune.training.parts import divide
 from kcrprune.training.scores import fisher_scores
 
 FACTORS = (1 / 8, 1 / 2, 2, 8)

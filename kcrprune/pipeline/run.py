@@ -22,11 +22,10 @@ from kcrprune.method.budget import Scores, predicted_macs, require_reachable, so
 from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.method.objective import Objective
-from kcrprune.pipeline.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
-from kcrprune.pipeline.network import open_for_run, purse_of
-from kcrprune.pipeline.parts import divide, told_of_few
 from kcrprune.pipeline.runs import peak_memory_mib
 from kcrprune.plan import ChannelPlan
+from kcrprune.run.describe import accuracy_of, class_count, file_bytes, kernel_figures, report_of
+from kcrprune.run.network import open_for_run, purse_of
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.expanded import expand_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
@@ -36,6 +35,7 @@ from kcrprune.training.data import open_images
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.loop import HeldOut, endless, feature_covariance, make_objective, open_accelerator
+from kcrprune.training.parts import divide, told_of_few
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.recover import Recovered, recover_
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores

@@ -12,9 +12,9 @@ from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.pipeline import runs
-from kcrprune.pipeline.describe import class_count, file_bytes, report_path
-from kcrprune.pipeline.network import open_for_run, purse_of
 from kcrprune.plan import AXES, Axis
+from kcrprune.run.describe import class_count, file_bytes, report_path
+from kcrprune.run.network import open_for_run, purse_of
 from kcrprune.training.data import loader, open_evaluation
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
