@@ -36,17 +36,19 @@ def compress(
     out: AnyPath | None = None,
     recipe: str | None = None,
     config: AnyPath | None = None,
+    fresh: bool = False,
     listener: Listener = ignore,
     **settings: Any,
 ) -> "RunResult":
     """Cuts the network in a checkpoint to a share of its MACs; returns the run's folder and its before and after.
 
     `settings` are the fields of `RunConfig`; they win over the TOML file `config`, which wins over the recipe.
+    The same call again goes on with a run that was stopped, and returns one that is finished; `fresh` begins another.
     """
     from kcrprune import pipeline
 
     run = load_config(recipe, None if config is None else Path(config), settings)
-    return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener)
+    return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener, fresh=fresh)
 
 
 def load(path: AnyPath) -> "nn.Module":

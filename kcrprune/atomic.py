@@ -1,7 +1,8 @@
-"""Files that are either whole or absent."""
+"""Files and folders that are either whole or absent."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,26 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
         raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
+    """Has `fill` put files into a temporary folder beside `path`, then gives it that name in one step.
+
+    What was left half done at `path` is replaced.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for part in (*temporary.rglob("*"), temporary):
+            _flush(part)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def taken(path: Path) -> str:

@@ -172,6 +172,11 @@ class RunConfig(Frozen):
             return self.ranking
         return "innovation" if self.refit else "fisher"
 
+    @property
+    def searches(self) -> bool:
+        """Whether gates are searched for."""
+        return self.search_steps > 0
+
     def without_effect(self) -> dict[str, str]:
         """Settings that differ from the recipe's and that nothing in this run reads, with what turns them off."""
         usual = RunConfig.model_validate(_recipe(self.recipe))

@@ -21,6 +21,7 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"__main__"},
     {"__init__", "cli"},
     {"pipeline"},
+    {"run"},
     {"training", "artifact", "graphs"},
     {"checkpoints"},
     {"containers"},

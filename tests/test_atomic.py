@@ -1,11 +1,11 @@
-"""A file is either whole or absent."""
+"""A file, or a folder, is either whole or absent."""
 
 import os
 import stat
 
 import pytest
 
-from kcrprune.atomic import write_atomically
+from kcrprune.atomic import make_folder_atomically, write_atomically
 from kcrprune.errors import KcrPruneError, OutputExistsError
 
 
@@ -88,3 +88,25 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(KcrPruneError, match="cannot write"):
         write_atomically(tmp_path / "file" / "below", lambda temporary: None)
+
+
+def test_a_folder_appears_with_everything_in_it(tmp_path):
+    def fill(folder):
+        assert not (tmp_path / "new").exists()
+        (folder / "below").mkdir()
+        (folder / "below" / "file.txt").write_text("whole")
+
+    make_folder_atomically(tmp_path / "new", fill)
+    assert (tmp_path / "new" / "below" / "file.txt").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(28, "No space left on device")])
+def test_a_folder_that_could_not_be_filled_is_not_there(tmp_path, error):
+    def fill(folder):
+        (folder / "file.txt").write_text("half")
+        raise error
+
+    with pytest.raises((KeyboardInterrupt, ValueError, KcrPruneError)):
+        make_folder_atomically(tmp_path / "new", fill)
+    assert not list(tmp_path.iterdir())

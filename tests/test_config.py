@@ -97,7 +97,7 @@ def test_a_bad_flag_is_not_blamed_on_the_file(toml):
 
 
 def test_a_configuration_survives_toml(toml):
-    from kcrprune.pipeline.runs import to_toml
+    from kcrprune.run.saving import to_toml
 
     config = RunConfig(target_flops=0.5, axes=("heads",), mean=(0.1, 0.2, 0.3), data='a "quoted" \\ folder', include=())
     text = to_toml(config)

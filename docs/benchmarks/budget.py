@@ -33,8 +33,8 @@ from kcrprune.families import contract_of, family_of
 from kcrprune.method.budget import WINDOW, Scores, solve
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
-from kcrprune.pipeline.network import opened
 from kcrprune.plan import AXES, Axis
+from kcrprune.run.network import opened_groups
 
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 KINDS = {  # a timm file, and what its networks are called in the table
@@ -80,7 +80,7 @@ def measured(name: str, kind: str) -> Result:
     size = resolve_model_data_config(model)["input_size"]
     macs = meta_macs(model, size)
     cost = MacCost.of(model, contract_of(model, size), macs)
-    allowed = opened(cost, RunConfig())
+    allowed = opened_groups(cost, RunConfig())
     axes = tuple(axis for axis in AXES if any(group.axis == axis for group in allowed.opened))
     cheapest = min(cost.channel(group) for group in allowed.opened)
     result = Result(name, kind, None, macs, axes, allowed.floor() / macs, cheapest / macs)

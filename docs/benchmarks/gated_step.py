@@ -28,8 +28,8 @@ from kcrprune.measure.tables import Table, markdown
 from kcrprune.method.budget import Allowed
 from kcrprune.method.innovations import Innovations
 from kcrprune.method.shift import ExpectedMacs
-from kcrprune.pipeline.network import allowed_of
 from kcrprune.plan import Architecture
+from kcrprune.run.network import allowed_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.swap import linear_at
 from kcrprune.training.innovations import refitted_readers

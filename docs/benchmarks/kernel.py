@@ -48,7 +48,7 @@ from kcrprune.method.kernel_complexity import (
     tails,
 )
 from kcrprune.method.shift import ExpectedMacs
-from kcrprune.pipeline.network import allowed_of
+from kcrprune.run.network import allowed_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.narrow import cut_
 from kcrprune.training.features import KernelWatch, feature_covariance

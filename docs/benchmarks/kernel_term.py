@@ -34,11 +34,11 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.atomic import write_atomically
 from kcrprune.config import load_config
 from kcrprune.events import ignore
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.parts import divide
 from kcrprune.plan import PER_HEAD, ChannelPlan
+from kcrprune.run.describe import class_count
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.images.sets import open_images
+from kcrprune.training.parts import divide
 
 NETWORKS = ("deit", "swin")
 SHARES = (1.0, 0.1, 0.01)  # of the training images

@@ -34,12 +34,12 @@ from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.families import FeatureTap
 from kcrprune.measure.tables import ABSENT, Table, markdown
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.parts import divide
+from kcrprune.run.describe import class_count
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.losses import make_objective
+from kcrprune.training.parts import divide
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 

@@ -30,16 +30,16 @@ from kcrprune.families import Key
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.method.budget import Scores, solve
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.network import allowed_of, open_for_run
-from kcrprune.pipeline.parts import divide
 from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
+from kcrprune.run.describe import class_count
+from kcrprune.run.network import allowed_of, open_for_run
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.innovations import innovations_of
+from kcrprune.training.parts import divide
 from kcrprune.training.randomness import generator
 from kcrprune.training.scores import fisher_scores
 

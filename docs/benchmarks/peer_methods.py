@@ -20,10 +20,14 @@ from torch import Tensor, nn
 
 import kcrprune
 from kcrprune.artifact.artifact import open_model
+from kcrprune.config import RunConfig
+from kcrprune.events import ignore
 from kcrprune.families import build, classifiers
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.objective import logit_distance
-from kcrprune.pipeline.run import Run
+from kcrprune.pipeline.compress import load
+from kcrprune.run.context import Context
+from kcrprune.run.opening import Network, Pool
 from kcrprune.surgery.narrow import cut_
 
 NOT_PRUNING = ("load", "measure pruned", "save")  # stages of a run whose time is not counted
@@ -38,10 +42,26 @@ class NotReachedError(Exception):
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A network and images as a run has them before its first stage."""
+
+    context: Context
+    network: Network
+    pool: Pool
+
+    @classmethod
+    def of(cls, checkpoint: Path, config: RunConfig) -> "Loaded":
+        """Loads both."""
+        context = Context(checkpoint, config, ignore)
+        given = load(context)
+        return cls(context, given["open"], given["images"])
+
+
+@dataclass(frozen=True)
 class Task:
     """What a method gets: the loaded run with network and images, the images as a folder, and the target."""
 
-    run: Run
+    run: Loaded
     checkpoint: Path
     data: Path  # all training images and a few test images
     target: float
@@ -49,12 +69,12 @@ class Task:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return self.run.opened.preprocessing.input_size
+        return self.run.network.opened.preprocessing.input_size
 
     @property
     def limit(self) -> int:
         """The most MACs that a method may leave."""
-        return int(self.target * self.run.macs)
+        return int(self.target * self.run.network.macs)
 
     def macs(self, model: nn.Module) -> int:
         """MACs of one image, by the one counter of all rows."""
@@ -86,12 +106,12 @@ def scratch(task: Task) -> Pruned:
         result = _compressed(task, Path(folder), search_steps=0, refit=False)
         plan = open_model(result.folder).plan
     assert plan is not None, "a run's network has a plan"
-    torch.manual_seed(task.run.config.seed)
-    return Pruned(cut_(build(task.run.opened.architecture), plan).eval(), 0.0)
+    torch.manual_seed(task.run.context.config.seed)
+    return Pruned(cut_(build(task.run.network.opened.architecture), plan).eval(), 0.0)
 
 
 def _compressed(task: Task, folder: Path, **settings: Any) -> Any:
-    config = task.run.config
+    config = task.run.context.config
     return kcrprune.compress(
         task.checkpoint,
         out=folder / "run",
@@ -115,7 +135,7 @@ def torch_pruning(task: Task, *, inner: bool, taylor: bool) -> Pruned:
     """
     _require("torch_pruning", "torch-pruning==1.6.1")
     start = perf_counter()
-    dense = _unfused(task.run.dense)
+    dense = _unfused(task.run.network.dense)
     gradients = _gradients(dense, task) if taylor else {}
 
     def cut(ratio: float) -> nn.Module:
@@ -126,12 +146,12 @@ def torch_pruning(task: Task, *, inner: bool, taylor: bool) -> Pruned:
 
     model = largest_within(cut, task.macs, task.limit)
     model.zero_grad(set_to_none=True)
-    return Pruned(_attention_as_in_(model, task.run.dense), perf_counter() - start)
+    return Pruned(_attention_as_in_(model, task.run.network.dense), perf_counter() - start)
 
 
 def _gradients(dense: nn.Module, task: Task) -> dict[str, Tensor]:
     """Gradients of the cross-entropy with labels, summed over batches of training images."""
-    for images, labels in islice(task.run.parts.training, GRADIENT_BATCHES):
+    for images, labels in islice(task.run.pool.parts.training, GRADIENT_BATCHES):
         F.cross_entropy(dense(images), labels).backward()
     found = {name: weight.grad for name, weight in dense.named_parameters() if weight.grad is not None}
     dense.zero_grad(set_to_none=True)
@@ -240,10 +260,10 @@ def fastnas(task: Task) -> Pruned:
     from modelopt.torch.nas.utils import inference_flops
 
     start = perf_counter()
-    dense, image = _unfused(task.run.dense), torch.zeros(1, *task.input_size)
-    limit = inference_flops(dense, dummy_input=image, unit=1.0) - 2 * (task.run.macs - task.limit)
+    dense, image = _unfused(task.run.network.dense), torch.zeros(1, *task.input_size)
+    limit = inference_flops(dense, dummy_input=image, unit=1.0) - 2 * (task.run.network.macs - task.limit)
     with torch.no_grad():
-        probes = [(batch, dense(batch)) for batch in task.run.parts.scoring[:PROBE_BATCHES]]
+        probes = [(batch, dense(batch)) for batch in task.run.pool.parts.scoring[:PROBE_BATCHES]]
 
     @torch.no_grad()
     def score(model: nn.Module) -> float:
@@ -253,7 +273,7 @@ def fastnas(task: Task) -> Pruned:
     try:
         model, _ = mtp.prune(
             copy.deepcopy(dense),
-            mode=[("fastnas", _fastnas_rules(task.run.config.round_to))],
+            mode=[("fastnas", _fastnas_rules(task.run.context.config.round_to))],
             constraints={"flops": limit},
             dummy_input=image,
             config={"score_func": score, "data_loader": probes, "checkpoint": None, "verbose": False},
@@ -264,7 +284,7 @@ def fastnas(task: Task) -> Pruned:
         raise NotReachedError(
             f"no network of its search space, which is the hidden channels of the MLPs, has {task.limit:,} MACs or less"
         ) from error
-    return Pruned(_attention_as_in_(model.eval(), task.run.dense), perf_counter() - start)
+    return Pruned(_attention_as_in_(model.eval(), task.run.network.dense), perf_counter() - start)
 
 
 def _fastnas_rules(step: int) -> dict[str, Any]:

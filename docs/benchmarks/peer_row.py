@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from peer_methods import METHODS, NotReachedError, Task
+from peer_methods import METHODS, Loaded, NotReachedError, Task
 from peer_table import DENSE, Protocol, Recovery, Row
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from kcrprune.events import ignore
 from kcrprune.graphs import export_onnx, open_onnx
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
-from kcrprune.pipeline.run import Run
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
 from kcrprune.training.recover import recover_
@@ -60,7 +59,7 @@ class Recalled:
 class Bench:
     """What a network's rows share: the loaded run, images, protocol, and the folder of the network's results."""
 
-    run: Run
+    run: Loaded
     checkpoint: Path
     fit_data: Path  # what methods work on: all training images, and few test images
     protocol: Protocol
@@ -79,15 +78,13 @@ class Bench:
             device="cpu",
             kernel_weight=0.0,  # a narrower residual stream has other features, so the term is not the same for all
         )
-        run = Run(config, ignore)
-        run.load(checkpoint)
-        return cls(
-            run, checkpoint, fit_data, protocol, folder, Recalled(run.dense, folder / "dense_logits.safetensors")
-        )
+        run = Loaded.of(checkpoint, config)
+        dense = Recalled(run.network.dense, folder / "dense_logits.safetensors")
+        return cls(run, checkpoint, fit_data, protocol, folder, dense)
 
     def row(self, network: str, target: float, method: str) -> Row:
         """The row with everything that was reached; what ended it is in words."""
-        row = Row(network, target, method, dense_macs=self.run.macs)
+        row = Row(network, target, method, dense_macs=self.run.network.macs)
         steps = (
             self._dense()
             if method == DENSE
@@ -102,11 +99,11 @@ class Bench:
 
     def _dense(self) -> Iterator[Figures]:
         """The dense network's figures; its logits are computed here on all that the other rows will show it."""
-        model = self.run.dense.eval()
-        yield {"macs": self.run.macs, "parameters": count_parameters(model)}
+        model = self.run.network.dense.eval()
+        yield {"macs": self.run.network.macs, "parameters": count_parameters(model)}
         top1 = 100 * float(self.hits(self.dense).float().mean())
         yield {"top1_before": top1, "top1": top1}
-        for batches in (islice(self.run.parts.training, self.protocol.steps), self.run.parts.held_out):
+        for batches in (islice(self.run.pool.parts.training, self.protocol.steps), self.run.pool.parts.held_out):
             for images, _ in batches:
                 self.dense(images)
         self.dense.save()
@@ -139,8 +136,8 @@ class Bench:
         return torch.cat(found)
 
     def _test_images(self) -> Iterable[tuple[Tensor, Tensor]]:
-        assert self.run.parts.evaluation is not None, "CIFAR-10 has test images"
-        return self.run.parts.evaluation
+        assert self.run.pool.parts.evaluation is not None, "CIFAR-10 has test images"
+        return self.run.pool.parts.evaluation
 
     def _compared(self, model: nn.Module) -> Figures:
         """Top-1 after recovery, and the paired difference to the dense network with its standard error."""
@@ -152,20 +149,20 @@ class Bench:
     def _recovered(self, pruned: nn.Module, rates: Iterable[float]) -> tuple[nn.Module, Recovery, tuple[Recovery, ...]]:
         """Trains a copy with each rate on the same batches; the one with the lowest held-out loss, and what all did."""
         covariance = feature_covariance(
-            self.run.dense, self.run.parts.calibration[:1]
+            self.run.network.dense, self.run.pool.parts.calibration[:1]
         )  # of no effect at kernel weight 0
         trained: list[tuple[nn.Module, Recovery]] = []
         for rate in rates:
-            model, config = copy.deepcopy(pruned), self.run.config.model_copy(update={"lr": rate})
-            objective = make_objective(config, self.dense, labelled=self.run.images.labelled)  # type: ignore[arg-type]
+            model, config = copy.deepcopy(pruned), self.run.context.config.model_copy(update={"lr": rate})
+            objective = make_objective(config, self.dense, labelled=self.run.pool.images.labelled)  # type: ignore[arg-type]
             start = perf_counter()
             found = recover_(
                 model,
                 objective,
                 config,
-                self.run.accelerator,
-                self.run.parts.training.from_step(0),
-                self.run.parts.held_out,
+                self.run.context.accelerator,
+                self.run.pool.parts.training.from_step(0),
+                self.run.pool.parts.held_out,
                 covariance,
                 steps=self.protocol.steps,
                 listener=ignore,
@@ -180,12 +177,12 @@ class Bench:
         """The network as a graph that has been compared with it."""
         path = self.folder / f"{name}.onnx"
         path.unlink(missing_ok=True)
-        size = self.run.opened.preprocessing.input_size
+        size = self.run.network.opened.preprocessing.input_size
         return export_onnx(model, path, input_size=size, metadata={}, batch_sizes=(1, 2)).path
 
     def _latencies(self, *graphs: Path) -> list[float]:
         """Median times in ms of one image in ONNX Runtime, one graph right after the other, some rounds."""
-        image = torch.zeros(1, *self.run.opened.preprocessing.input_size)
+        image = torch.zeros(1, *self.run.network.opened.preprocessing.input_size)
         networks = [open_onnx(graph) for graph in graphs]
         rounds = [[latency_ms(network, image) for network in networks] for _ in range(ROUNDS)]
         return [median(times) for times in zip(*rounds, strict=True)]

@@ -26,11 +26,11 @@ from matplotlib.axes import Axes
 import kcrprune
 from kcrprune.artifact.artifact import open_model
 from kcrprune.config import load_config
-from kcrprune.pipeline.describe import class_count
-from kcrprune.pipeline.parts import divide
 from kcrprune.plan import Axis, ChannelPlan
+from kcrprune.run.describe import class_count
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
+from kcrprune.training.parts import divide
 
 AXES: Mapping[Axis, str] = {
     "mlp_hidden": "hidden channels of the MLP, most kept first",

@@ -11,8 +11,8 @@ finished run is kept below RESULTS and not repeated. The table is RESULTS/progre
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,13 +21,17 @@ import fetch
 from common import WEIGHTS, first_images, machine_facts, parser_of
 from kernel_tables import mean_and_deviation, paired, with_error
 from peers import write_json
-from torch import nn
 
 from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.measure.tables import ABSENT, Table, markdown
-from kcrprune.method.budget import Scores
-from kcrprune.pipeline.run import Run
+from kcrprune.pipeline.compress import load
+from kcrprune.run import ranking, stages
+from kcrprune.run.context import ALL, Context
+from kcrprune.run.measuring import Reference
+from kcrprune.run.opening import Network, Pool, Weights
+from kcrprune.run.ranking import Ranked, Tightened
+from kcrprune.run.stage import execute
 
 TEST_IMAGES = 2000
 STAGES = 2
@@ -41,16 +45,22 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 log = logging.getLogger("progressive")
 
 
-class Progressive(Run):
-    """A run whose early stages search as well, where its last one does."""
+def tighten(
+    context: Context, network: Network, pool: Pool, reference: Reference, balanced: Weights | None, ranked: Ranked
+) -> Tightened | None:
+    """The stage of a run, which searches before its cut as well where the run searches at the end."""
+    settings = context.settings
+    if settings.searches and settings.tighten_steps == STAGES:
+        context.settings = settings.model_copy(update={"target_flops": settings.target_flops ** (1 / STAGES)})
+        found = ranking.search(context, network, pool, reference, balanced, ranked, None)
+        context.settings = settings
+        assert found is not None, "there are steps to search"
+        ranked = Ranked(scores=found.scores, innovations={})
+    return ranking.tighten(context, network, pool, balanced, ranked)
 
-    def _tighten_(self, model: nn.Module, scores: Scores, share: float) -> Scores:
-        if self.config.search_steps > 0:
-            whole = self.config
-            self.config = whole.model_copy(update={"target_flops": share})
-            scores = self._search(model, scores)
-            self.config = whole
-        return super()._tighten_(model, scores, share)
+
+TIGHTEN = replace(stages.TIGHTEN, reads=ALL, after=("open", "images", "dense", "balance", "score"), make=tighten)
+PROGRESSIVE = tuple(TIGHTEN if stage is stages.TIGHTEN else stage for stage in stages.STAGES[:-1])
 
 
 def figures(way: str, seed: int, checkpoint: Path, data: Path, target: float, folder: Path) -> dict[str, Any]:
@@ -58,17 +68,14 @@ def figures(way: str, seed: int, checkpoint: Path, data: Path, target: float, fo
     kept = folder / f"{way.replace(' ', '_')}-seed{seed}.json"
     if not kept.exists():
         told = {"target_flops": target, "data": str(data), "seed": seed, "recover_steps": 0, **WAYS[way]}
-        run, start = Progressive(load_config(None, None, told), ignore), perf_counter()
-        run.load(checkpoint)
-        with tempfile.TemporaryDirectory() as working:
-            path = Path(working) / "pruned.safetensors"
-            comparison = run.compress(path, path)
-        accuracy = comparison.after.accuracy
-        assert accuracy is not None
+        context, start = Context(checkpoint, load_config(None, None, told), ignore), perf_counter()
+        measured = execute(PROGRESSIVE, context, given=load(context), wanted=("measure",))["measure"]
+        assert measured.accuracy is not None
+        record = context.told()
         found = {
-            "distances": run.decisions["plans"]["held_out_distillation"],
-            "searches": len([stage for stage in run.stages if stage.stage == "search"]),
-            "top1": 100 * (accuracy.top1 or 0),
+            "distances": record.decisions["plans"]["held_out_distillation"],
+            "searches": len([time for time in record.times if time.stage == "search"]),
+            "top1": 100 * (measured.accuracy.top1 or 0),
             "seconds": perf_counter() - start,
         }
         log.info("seed %d, %s: %s", seed, way, found)

@@ -10,6 +10,7 @@ from kcrprune.cli.options import (
     ConfigOpt,
     FileArg,
     FormatOpt,
+    FreshOpt,
     JsonOpt,
     LatencyOpt,
     ModelArg,
@@ -29,6 +30,7 @@ def compress(
     *,
     out: OutOpt = None,
     config: ConfigOpt = None,
+    fresh: FreshOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
     given: dict[str, Any],
@@ -36,12 +38,13 @@ def compress(
     """Cut a pretrained network to a share of its MACs.
 
     Without --data the images are generated and the dense network is the teacher, so a checkpoint alone is enough.
+    A run that was stopped goes on when the same command is given again.
     """
     settings = load_config(file=config, flags=given)
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
-        result = pipeline.compress(checkpoint, settings, out, listener)
+        result = pipeline.compress(checkpoint, settings, out, listener, fresh=fresh)
     render.run(result, as_json=as_json)
 
 

@@ -40,7 +40,10 @@ ConfigOpt = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings; flags win over it.")
 ]
 OutOpt = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of this run, new; else kcrprune-runs/NAME.")
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of this run; else kcrprune-runs/NAME.")
+]
+FreshOpt = Annotated[
+    bool, typer.Option("--fresh", help="Start anew, where the same run is there already; under another name.")
 ]
 OnnxOpt = Annotated[
     Path | None,

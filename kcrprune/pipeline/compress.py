@@ -1,15 +1,17 @@
-"""A run from the checkpoint to its folder: nothing appears before everything is done."""
+"""A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener
 from kcrprune.measure.report import Comparison
-from kcrprune.measure.summary import to_markdown
-from kcrprune.pipeline import runs
-from kcrprune.pipeline.run import Run
+from kcrprune.run import folder as folders
+from kcrprune.run.context import Context
+from kcrprune.run.folder import STORE, Asked
+from kcrprune.run.stage import Results, execute
+from kcrprune.run.stages import REFUSALS, STAGES
+from kcrprune.run.store import Store
 
 
 @dataclass(frozen=True)
@@ -20,34 +22,39 @@ class RunResult:
     comparison: Comparison
 
 
-def compress(checkpoint: Path, config: RunConfig, out: Path | None, listener: Listener) -> RunResult:
-    """Compresses a checkpoint into a new run folder.
+def compress(
+    checkpoint: Path, config: RunConfig, out: Path | None, listener: Listener, *, fresh: bool = False
+) -> RunResult:
+    """Compresses a checkpoint into a run folder.
 
-    Everything that can be refused is refused before anything is trained; the folder appears when all of it is done.
+    What can be refused is refused before there is a folder. A run that was stopped goes on where it was asked the same,
+    and one that is finished is shown again; neither with `fresh`.
     """
-    folder = runs.choose_folder(out, checkpoint, config.target_flops)
-    run = Run(config, listener)
-    with runs.appearing(folder) as working:
-        with run.stage("load"):
-            run.load(checkpoint)
-        comparison = run.compress(working / runs.MODEL, folder / runs.MODEL)
-        _write_reports(working, run, comparison)
-    return RunResult(folder, comparison)
+    if out is not None:
+        folders.require_usable(out, fresh=fresh)
+    context = Context(checkpoint, config, listener)
+    given = load(context)
+    asked = Asked.of(given["open"].opened.digest, given["images"].fingerprint, config)
+    name = f"{checkpoint.resolve().stem}-{config.target_flops:g}"
+    with folders.taken(folders.candidates(out, name, asked, fresh=fresh)) as folder:
+        if folders.finished(folder):
+            context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
+            return RunResult(folder, folders.comparison(folder))
+        return RunResult(folder, _finish(context, folder, asked, given))
 
 
-def _write_reports(folder: Path, run: Run, comparison: Comparison) -> None:
-    plan = open_model(folder / runs.MODEL).plan
-    assert plan is not None
-    runs.write_json(folder / "plan.json", plan.model_dump(mode="json"))
-    runs.write_json(folder / "report.json", comparison.model_dump(mode="json"))
-    (folder / "report.md").write_text(to_markdown(comparison))
-    (folder / "config.toml").write_text(runs.to_toml(run.config))
-    runs.write_log(folder / "log.jsonl", run.histories)
-    record = runs.machine_record() | {
-        "input": {"path": str(run.opened.path), "sha256": run.opened.digest},
-        "seed": run.config.seed,
-        "stages": {stage.stage: stage.seconds for stage in comparison.stages},
-        "peak_memory_mib": runs.peak_memory_mib(),
-        "decisions": run.decisions,
-    }
-    runs.write_json(folder / runs.RECORD, record)
+def load(context: Context) -> Results:
+    """The network and the images of a run, or the refusal of what cannot work."""
+    with context.part("load"):
+        return execute(REFUSALS, context, wanted=("open", "images"))
+
+
+def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Comparison:
+    before = Asked.read(folder)
+    if before is not None and (changed := before.differences(asked)):
+        context.tell(f"changed since the run was stopped: {', '.join(changed)}; what depends on it is made again")
+    asked.write(folder)
+    context.folder, store = folder, Store(folder / STORE)
+    comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
+    store.drop_tensors()
+    return comparison

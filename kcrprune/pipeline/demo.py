@@ -1,6 +1,7 @@
 """The whole path, offline: trains a small ViT on scikit-learn's digits, compresses it, exports it, verifies it."""
 
 from pathlib import Path
+from shutil import rmtree
 from time import perf_counter
 from typing import Final
 
@@ -10,17 +11,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kcrprune.artifact.artifact import save_model
+from kcrprune.atomic import make_folder_atomically
 from kcrprune.config import load_config
 from kcrprune.errors import ConfigError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone
 from kcrprune.families import build
 from kcrprune.graphs import ExportResult
-from kcrprune.pipeline import runs
 from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.verbs import export
 from kcrprune.plan import Architecture, Preprocessing
+from kcrprune.run import folder as folders
+from kcrprune.run.folder import Asked
 from kcrprune.training.randomness import seeded
 
+ASKED: Final = Asked(checkpoint="the demo", images="digits", settings={})
 EPOCHS: Final = 25
 TRAIN_IMAGES: Final = 1437  # four fifths of the 1,797 digits
 SIZE: Final = 16  # the 8 x 8 digits, enlarged: 17 tokens of 4 x 4
@@ -43,18 +47,25 @@ PREPROCESSING: Final = Preprocessing(
 
 
 def demo(out: Path | None, listener: Listener) -> tuple[RunResult, ExportResult]:
-    """Writes digits as images, a dense checkpoint, a run and an ONNX file into a new folder."""
-    folder = runs.choose_folder(out, Path("demo"), 0.5)
-    with runs.appearing(folder) as working:
-        _write_digits(working / "digits")
-        with seeded(0, "demo", 0, "dense network"):
-            _train(working / "dense.safetensors", working / "digits" / "train", listener)
-    config = load_config(
-        "default",
-        flags={"data": str(folder / "digits"), "target_flops": 0.5, "hflip": 0.0, "device": "cpu", "workers": 0},
-    )
-    result = compress(folder / "dense.safetensors", config, folder / "run", listener)
-    return result, export(result.folder, None, listener)
+    """Writes digits as images, a dense checkpoint, a run and an ONNX file into a new folder.
+
+    A demo that was stopped goes on where it was.
+    """
+    with folders.taken(folders.candidates(out, "demo-0.5", ASKED, fresh=False)) as folder:
+        ASKED.write(folder)
+        if not (folder / "digits").exists():
+            make_folder_atomically(folder / "digits", _write_digits)
+        if not (folder / "dense.safetensors").exists():
+            with seeded(0, "demo", 0, "dense network"):
+                _train(folder / "dense.safetensors", folder / "digits" / "train", listener)
+        config = load_config(
+            "default",
+            flags={"data": str(folder / "digits"), "target_flops": 0.5, "hflip": 0.0, "device": "cpu", "workers": 0},
+        )
+        result = compress(folder / "dense.safetensors", config, folder / "run", listener)
+        exported = export(result.folder, None, listener)
+    rmtree(folder / folders.STORE)
+    return result, exported
 
 
 def _write_digits(folder: Path) -> None:

@@ -12,11 +12,10 @@ from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost
-from kcrprune.pipeline import runs
-from kcrprune.pipeline.describe import class_count, file_bytes, report_path
-from kcrprune.pipeline.network import open_for_run
-from kcrprune.pipeline.network import opened as opened_groups
 from kcrprune.plan import AXES, Axis
+from kcrprune.run.describe import class_count, file_bytes, report_path
+from kcrprune.run.folder import newest_model
+from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
 from kcrprune.training.images.batches import in_order
@@ -34,7 +33,7 @@ def report(paths: Sequence[Path], *, latency: bool = False, listener: Listener) 
 def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportResult:
     """Writes a model as ONNX, verified; without a model, that of the newest run below the current folder."""
     if model is None:
-        model = runs.newest_model(Path())
+        model = newest_model(Path())
         listener(Note(f"the newest run: {model.parent}"))
     opened = open_model(model)
     path = onnx or (opened.path.with_suffix(".onnx") if opened.path.is_file() else opened.path / "model.onnx")

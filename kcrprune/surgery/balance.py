@@ -10,27 +10,28 @@ Letters: h heads, d channels of a head, X and Y the (d, d) second moments of the
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, Key, Slot, owner_of
 from kcrprune.families.observed import See, watching
+from kcrprune.method.sums import Sums
 from kcrprune.surgery.swap import linear_at
 
 RIDGE = 1e-7  # share of the mean second moment that keeps the Cholesky factors of unused channels invertible
 
 
 @dataclass
-class HeadMoments:
+class HeadMoments(Sums):
     """Sums over tokens of the second moments of a group's heads, each (h, d, d).
 
     Of q and k, or of what attention hands to the reader (and nothing).
     """
 
     first: Tensor
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor
 
 
 @torch.no_grad()
@@ -89,6 +90,8 @@ def head_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable[Te
     with _all_watched(model, seen):
         for images in batches:
             model(images.to(device))
+    for found in moments.values():
+        found.sum_over_processes_()
     return moments
 
 

@@ -111,9 +111,15 @@ def expand_(model: nn.Module, pruned: nn.Module, plan: ChannelPlan) -> nn.Module
                 _scatter_(own[name], value, index[name])
             elif name in own:
                 own[name].copy_(value)
+    return close_norms_(model, plan)
+
+
+def close_norms_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """Closes what a plan cuts in the norms over it, in a model of dense shape, where its channels are zero."""
+    groups = groups_of(model)
+    index = index_map(model, groups, plan)
     for group in groups:
-        dims = index.get(f"{group.norm}.weight") if group.norm else None
-        if group.norm and dims:
+        if group.norm and (dims := index.get(f"{group.norm}.weight")):
             norm = model.get_submodule(group.norm)
             open_ = torch.zeros_like(norm.weight)  # type: ignore[arg-type]
             open_[dims[0]] = 1

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.method.sums import Sums
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.narrow import IndexMap, index_map
@@ -31,7 +32,7 @@ FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream b
 
 
 @dataclass
-class NormalEquations:
+class NormalEquations(Sums):
     """Sums over tokens that a ridge regression needs, in float64, for inputs with a column of ones appended."""
 
     gram: Tensor  # (I + 1, I + 1)

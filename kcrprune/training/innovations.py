@@ -4,6 +4,8 @@ Letters: I inputs, O outputs of a linear, n tokens of a batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +13,36 @@ from torch import Tensor, nn
 from kcrprune.families import Group
 from kcrprune.families.observed import watching
 from kcrprune.method.innovations import Innovations, elimination_order
+from kcrprune.method.sums import Sums
 from kcrprune.plan import PER_HEAD
 from kcrprune.surgery.partial import real_tokens
 from kcrprune.surgery.swap import linear_at
 from kcrprune.training.scores import sampled_loss
 
 
+@dataclass
+class LinearSums(Sums):
+    """Sums over tokens of a linear's inputs, of their products, and of the products of gradients at its outputs."""
+
+    inputs: Tensor  # (I,)
+    products: Tensor  # (I, I)
+    gradients: Tensor  # (O, O)
+    tokens: int = 0
+
+
 class LinearMoments:
-    """Sums over the tokens of all images of one linear's inputs, and of the gradients at its outputs, in float64.
+    """The sums of one linear over the tokens of all images, in float64.
 
     `real` (n of one image,) says which tokens are no window padding. Inputs are taken from a point near their mean, so
     that a large mean costs the covariance no digits.
     """
 
     def __init__(self, linear: nn.Linear, real: Tensor | None = None) -> None:
-        zeros = {"dtype": torch.float64, "device": linear.weight.device}
-        self.inputs = torch.zeros(linear.in_features, **zeros)
-        self.products = torch.zeros(linear.in_features, linear.in_features, **zeros)
-        self.gradients = torch.zeros(linear.out_features, linear.out_features, **zeros)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
+        inputs, outputs = linear.in_features, linear.out_features
+        self.sums = LinearSums(zeros(inputs), zeros(inputs, inputs), zeros(outputs, outputs))
         self.origin: Tensor | None = None
-        self.real, self.tokens = real, 0
+        self.real = real
         self.output: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor, output: Tensor) -> None:
@@ -41,21 +53,21 @@ class LinearMoments:
         if self.origin is None:
             self.origin = x.mean(0)
         x = x - self.origin
-        self.inputs += x.sum(0)
-        self.products += x.T @ x
-        self.tokens += len(x)
+        self.sums.inputs += x.sum(0)
+        self.sums.products += x.T @ x
+        self.sums.tokens += len(x)
         self.output = output
 
     def see_gradient(self, gradient: Tensor) -> None:
         """Takes in the gradient (..., O) at the output."""
         flat = gradient.flatten(0, -2)
-        self.gradients += flat.T @ flat
+        self.sums.gradients += flat.T @ flat
 
     def mean_and_covariance(self, *, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Of the inputs, (I,) and (I, I); not centred: the mean is zero, and second moments are in its place."""
         assert self.origin is not None, "no images"
-        mean = self.inputs / self.tokens  # from the origin
-        covariance = self.products / self.tokens - torch.outer(mean, mean)
+        mean = self.sums.inputs / self.sums.tokens  # from the origin
+        covariance = self.sums.products / self.sums.tokens - torch.outer(mean, mean)
         mean = mean + self.origin
         return (mean, covariance) if centred else (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
 
@@ -95,7 +107,7 @@ def innovations_of(
         linear, sums = linear_at(model, name), moments.pop(name)
         # without a bias nothing can make up for the mean of an input that goes
         mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
-        order = elimination_order(linear.weight.detach(), covariance, sums.gradients, heads=group.heads)
+        order = elimination_order(linear.weight.detach(), covariance, sums.sums.gradients, heads=group.heads)
         found[name] = Innovations.of(mean, covariance, order)
     return found
 

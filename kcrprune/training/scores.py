@@ -4,6 +4,7 @@ Letters: B images of a batch, n gates, y labels.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from kcrprune.families import Group, Slot, classifiers
 from kcrprune.method.budget import Scores
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
+from kcrprune.method.sums import Sums
+
+
+@dataclass
+class SquaredGradients(Sums):
+    """Sums over images of the squared gradient of each gate."""
+
+    total: Tensor  # (n,)
+    images: int = 0
 
 
 def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], generator: torch.Generator) -> Scores:
@@ -23,15 +33,16 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     network itself would be zero). A backbone without a head is scored on its features under unit Gaussian noise.
     """
     device = next(model.parameters()).device
-    total, images = torch.zeros_like(gates.logits), 0
+    squares = SquaredGradients(torch.zeros_like(gates.logits, dtype=torch.float64))
     for batch in batches:
         gates.open_per_image_(len(batch))
         loss = sampled_loss(model, model(batch.to(device)).float(), generator)
         [gradient] = torch.autograd.grad(loss, [gates.value])  # (B, n)
-        total += gradient.square().sum(0)
-        images += len(batch)
+        squares.total += gradient.square().sum(0)
+        squares.images += len(batch)
+    squares.sum_over_processes_()
     gates.harden_(torch.ones_like(gates.logits))
-    return _scores(gates, total / (2 * max(1, images)))
+    return _scores(gates, squares.total / (2 * max(1, squares.images)))
 
 
 def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -> Tensor:

@@ -77,8 +77,18 @@ def test_a_run_without_data_leaves_everything_that_repeats_it(tiny: Tiny, tmp_pa
 
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
-        *("model.safetensors", "report.json", "report.md", "plan.json", "config.toml", "run.json", "log.jsonl")
+        *(
+            "model.safetensors",
+            "report.json",
+            "report.md",
+            "plan.json",
+            "config.toml",
+            "run.json",
+            "log.jsonl",
+            "stages",
+        )
     }
+    assert {path.suffix for path in (result.folder / "stages").rglob("*.*")} == {".json"}, "what is large is gone"
     opened = open_model(result.folder)
     assert opened.plan == ChannelPlan.model_validate_json((result.folder / "plan.json").read_text())
     report = json.loads((result.folder / "report.json").read_text())
@@ -241,7 +251,8 @@ def test_a_network_whose_answers_depend_on_nothing_is_refused(steps: int, tiny_v
     path = save(tiny_vit, tmp_path / "x.safetensors", model)
     with pytest.raises(CheckpointError, match="every score is zero: on 8 images nothing that may be cut changes"):
         pipeline.compress(path, SHORT.model_copy(update={"search_steps": steps}), tmp_path / "run", ignore)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "run" / "stages").exists(), "what came before is kept"
 
 
 def test_images_that_do_not_suffice_are_told_of(checkpoint: Path, tmp_path: Path):

@@ -23,10 +23,10 @@ def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
 def allowed_of(model: nn.Module, macs: int, input_size: tuple[int, int, int], config: RunConfig) -> Allowed:
     """What a configuration may spend on a dense model; ConfigError names a pattern that no block matches."""
     cost = MacCost.of(model, contract_of(model, input_size), macs)
-    return opened(cost, config)
+    return opened_groups(cost, config)
 
 
-def opened(cost: MacCost, config: RunConfig) -> Allowed:
+def opened_groups(cost: MacCost, config: RunConfig) -> Allowed:
     """The groups that a configuration opens of a network with this cost."""
     groups = cost.contract.groups
     for pattern in (*config.include, *config.exclude):

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from kcrprune.pipeline.runs import peak_memory_mib
+from kcrprune.run.machine import peak_memory_mib
 
 
 def test_the_peak_of_the_memory_never_falls():

@@ -1,0 +1,125 @@
+"""What every stage of a run is handed: its settings, and where it tells how it goes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, cast
+
+from accelerate import Accelerator
+from pydantic import BaseModel, Field
+
+from kcrprune.config import RunConfig
+from kcrprune.events import Listener, Note, StageEnded, StageStarted
+from kcrprune.measure.report import StageTime
+from kcrprune.run.machine import peak_memory_mib
+from kcrprune.training.precision import open_accelerator
+
+ALL: Final = tuple(RunConfig.model_fields)
+FREE: Final = {  # settings that change no result: a run may go on with others, and any stage may read them
+    "recipe": "what it stands for is in the other settings",
+    "workers": "who loads the images, not which",
+    "device": "where it is computed: a run that lost its GPU may end on the CPU",
+}
+
+
+class Record(BaseModel):
+    """What a stage told while it was made: times of its parts, sentences, the course of a training, decisions."""
+
+    times: list[StageTime] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    history: dict[str, list[dict[str, int | float | None]]] = Field(default_factory=dict)  # None: no finite number
+    decisions: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """One run for its stages; `settings` are those that the stage which is being made declares."""
+
+    checkpoint: Path
+    config: RunConfig
+    listener: Listener
+    folder: Path | None = None  # the run's own; None while it may still be refused
+    records: dict[str, Record] = field(default_factory=lambda: {"": Record()})  # by stage; "": outside any
+
+    def __post_init__(self) -> None:
+        self.device = open_accelerator(self.config.device, self.config.precision).device
+        self.settings, self.record = self.config, self.records[""]
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The device in the run's precision, which a stage that asks for it declares."""
+        return open_accelerator(self.settings.device, self.settings.precision)
+
+    @contextmanager
+    def doing(self, name: str, reads: Sequence[str]) -> Iterator[Record]:
+        """Gives a stage its settings and a record of its own."""
+        before = self.settings, self.record
+        self.settings, self.record = view(self.config, name, reads), Record()
+        self.records[name] = self.record
+        try:
+            yield self.record
+        finally:
+            self.settings, self.record = before
+
+    @contextmanager
+    def part(self, name: str, steps: int | None = None) -> Iterator[None]:
+        """Announces a part of a stage and takes its time."""
+        record = self.record
+        self.listener(StageStarted(name, steps))
+        start = perf_counter()
+        yield
+        seconds = perf_counter() - start
+        record.times.append(StageTime(stage=name, seconds=seconds, peak_memory_mib=peak_memory_mib()))
+        self.listener(StageEnded(name, seconds))
+
+    def say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (read at the call)
+        """A sentence that belongs into the report as well."""
+        self.record.notes.append(text)
+        self.tell(text, warning)
+
+    def tell(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (read at the call)
+        """A sentence about how the run goes, for whoever watches."""
+        self.listener(Note(text, warning))
+
+    def continues_after(self, kept: Sequence[Record]) -> bool:
+        """Tells which parts are kept from before."""
+        parts = dict.fromkeys(time.stage for record in kept for time in record.times)
+        if parts:
+            self.tell(f"continues after: {', '.join(parts)} (kept from before)")
+        return bool(parts)
+
+    def remember(self, training: str, history: Sequence[dict[str, float]]) -> None:
+        """Takes down the course of a training, step by step."""
+        rows = [{name: value if isfinite(value) else None for name, value in row.items()} for row in history]
+        self.record.history[training] = rows
+
+    def told(self) -> Record:
+        """Everything that was told so far, in the order of the stages."""
+        total = Record()
+        for record in self.records.values():
+            total.times += record.times
+            total.notes += record.notes
+            total.history |= record.history
+            total.decisions |= record.decisions
+        return total
+
+
+def view(config: RunConfig, stage: str, names: Sequence[str]) -> RunConfig:
+    """The configuration as a stage may read it: a setting that it does not declare is a mistake of ours."""
+    return config if names == ALL else cast(RunConfig, _View(config, stage, {*names, *FREE}))
+
+
+class _View:
+    def __init__(self, config: RunConfig, stage: str, names: set[str]) -> None:
+        self._config, self._stage, self._names = config, stage, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise AssertionError(f"stage {self._stage!r} reads {name} and does not declare it")
+        return getattr(self._config, name)
+
+    def model_copy(self, *, update: dict[str, Any]) -> "_View":
+        return _View(self._config.model_copy(update=update), self._stage, self._names | update.keys())

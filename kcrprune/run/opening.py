@@ -1,0 +1,157 @@
+"""The first stages of a run: the network, the images, and the refusal of whatever cannot work."""
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from timm.data.readers.img_extensions import is_img_extension
+from torch import Tensor, nn
+
+from kcrprune.checkpoints.dense import Opened
+from kcrprune.config import RunConfig
+from kcrprune.errors import CheckpointError, ConfigError
+from kcrprune.families import Group, contract_of
+from kcrprune.measure.macs import count_macs, count_parameters
+from kcrprune.method.budget import Allowed, require_reachable
+from kcrprune.method.cost import MacCost
+from kcrprune.method.objective import Objective
+from kcrprune.plan import ChannelPlan, canonical_json
+from kcrprune.run.context import Context
+from kcrprune.run.describe import class_count, file_bytes
+from kcrprune.run.network import open_for_run, opened_groups
+from kcrprune.surgery.narrow import cut_
+from kcrprune.training.images.sets import Images, open_images
+from kcrprune.training.losses import make_objective
+from kcrprune.training.parts import Parts, divide, told_of_few
+
+SIZED: Final = 4096  # files whose size is looked at, evenly spread: on a network drive each costs a round trip
+
+Weights = dict[str, Tensor]  # a state dict
+
+
+@dataclass(frozen=True)
+class Network:
+    """The dense network of a run, in eval mode on its device, and what is rebuilt from it."""
+
+    opened: Opened
+    dense: nn.Module
+    cost: MacCost
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Its groups, from the input to the head."""
+        return self.cost.contract.groups
+
+    def with_weights(self, weights: Weights | None) -> nn.Module:
+        """A network of dense shape with other weights; a copy of the dense one for None."""
+        model = copy.deepcopy(self.dense)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model
+
+    def pruned(self, plan: ChannelPlan, weights: Weights) -> nn.Module:
+        """A cut network with its weights."""
+        model = cut_(copy.deepcopy(self.dense), plan)
+        model.load_state_dict(weights)
+        return model
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The images of a run, divided; `fingerprint` tells whether they are those of another day."""
+
+    images: Images
+    parts: Parts
+    fingerprint: str
+
+
+def open_network(context: Context) -> Network:
+    """The network in the checkpoint; CheckpointError for one that is pruned already."""
+    opened = open_for_run(context.checkpoint, context.settings)
+    if opened.plan is not None:
+        raise CheckpointError(
+            f"{context.checkpoint} is pruned already; compress the dense checkpoint that it came from"
+        )
+    dense = opened.model.to(context.device).eval()
+    size = opened.preprocessing.input_size
+    return Network(opened, dense, MacCost.of(dense, contract_of(dense, size), count_macs(dense, size)))
+
+
+def allowed(context: Context, network: Network) -> Allowed:
+    """What may be cut, and how far."""
+    return opened_groups(network.cost, context.settings)
+
+
+def require_target(context: Context, network: Network) -> None:
+    """BudgetError for a target that the open axes cannot reach."""
+    require_reachable(allowed(context, network), context.settings.target_flops)
+
+
+def open_pool(context: Context, network: Network) -> Pool:
+    """The images, opened and divided; DataError where they do not fit."""
+    settings = context.settings
+    opened = network.opened
+    images = open_images(settings, opened.preprocessing, class_count(network.dense), opened.class_names)
+    return Pool(images, divide(images, settings), fingerprint(settings))
+
+
+def require_task(context: Context, network: Network, pool: Pool) -> None:
+    """ConfigError for a task that network and images do not allow; says what the run starts from."""
+    config, opened, images = context.settings, network.opened, pool.images
+    context.say(f"{opened.architecture.name} ({opened.layout}), {network.cost.dense:,} MACs, {images.description}")
+    for note in images.notes:
+        context.say(note)
+    for name, reason in config.without_effect().items():
+        context.say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
+    if images.generated:
+        context.say("no data was given: images are generated, and the task is to agree with the dense network", True)
+    if file_bytes(opened.path) < 3 * count_parameters(network.dense):
+        context.say("the checkpoint stores half precision and the run float32: compare parameters, not file sizes")
+    if opened.new_head:
+        _require_training(config, images)
+    objective_of(context, network, pool)
+    for sentence in told_of_few(pool.parts, config):
+        context.say(sentence)
+
+
+def _require_training(config: RunConfig, images: Images) -> None:
+    """Without a trained classifier the dense network has no answers to follow, so labels alone are the task."""
+    if not images.labelled or config.task == "distill" or config.recover_steps == 0:
+        raise ConfigError("the classifier is new, so it must be trained: give labelled images and recover_steps")
+    if config.search_steps > 0 and config.search_weight_lr == 0:
+        raise ConfigError("the classifier is new, and a search that freezes it learns nothing: give search_weight_lr")
+
+
+def as_used(config: RunConfig, network: Network) -> RunConfig:
+    """The configuration with what the network leaves no choice of."""
+    return config.model_copy(update={"task": "labels"}) if network.opened.new_head else config
+
+
+def objective_of(context: Context, network: Network, pool: Pool) -> Objective:
+    """What search and recovery minimise."""
+    return make_objective(as_used(context.settings, network), network.dense, labelled=pool.images.labelled)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """The names of all images below the data folder and the sizes of some, and the class map; the sha256 of that.
+
+    A named dataset is taken at its word, and generated images follow from their settings.
+    """
+    known: list[object] = [Path(config.class_map).read_text(encoding="utf-8")] if config.class_map else []
+    if config.data is not None and not config.dataset:
+        root = Path(config.data)
+        files = sorted(_pictures(root))
+        sized = files[:: 1 + len(files) // SIZED]
+        known += [str(file.relative_to(root)) for file in files] + [file.stat().st_size for file in sized]
+    return sha256(canonical_json(known).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _pictures(root: Path) -> Iterator[Path]:
+    if root.is_file():
+        yield root
+    for folder, _, names in os.walk(root):
+        yield from (Path(folder, name) for name in names if is_img_extension(Path(name).suffix.lower()))

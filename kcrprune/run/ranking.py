@@ -1,0 +1,195 @@
+"""The stages before the cut: balance, scores, a budget that tightens, and the search."""
+
+import copy
+
+from torch import Tensor, nn
+
+from kcrprune.errors import CheckpointError
+from kcrprune.events import StepDone
+from kcrprune.method.budget import Scores, solve
+from kcrprune.method.gates import Gates
+from kcrprune.method.innovations import Innovations
+from kcrprune.plan import Axis, ChannelPlan
+from kcrprune.run.context import Context
+from kcrprune.run.measuring import Reference
+from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
+from kcrprune.run.store import Result
+from kcrprune.surgery.balance import balance_
+from kcrprune.surgery.gated import add_gates_, remove_gates_
+from kcrprune.surgery.narrow import close_norms_, cut_, expand_
+from kcrprune.surgery.refit import refit_
+from kcrprune.training.innovations import innovations_of
+from kcrprune.training.randomness import generator
+from kcrprune.training.reconstruct import Reconstruction
+from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
+from kcrprune.training.search import search_
+
+Sites = dict[str, dict[Axis, Tensor]]  # scores by site, then axis: what has a place in a file
+
+
+class Ranked(Result):
+    """What each channel is worth; `innovations` are kept where a search needs them, by linear."""
+
+    scores: Sites
+    innovations: dict[str, dict[str, Tensor]]
+
+
+class Tightened(Result):
+    """A network of dense shape that has been cut and refitted on the way to its target, and what is left to rank."""
+
+    plan: ChannelPlan  # of the last cut; closed in the norms over what it took
+    weights: Weights
+    ranked: Ranked
+
+    def model(self, network: Network) -> nn.Module:
+        """That network."""
+        return close_norms_(network.with_weights(self.weights), self.plan)
+
+
+class Searched(Result):
+    """Scores that a search has learned, and the weights where it trained them as well."""
+
+    scores: Sites
+    weights: Weights | None
+
+
+def by_site(scores: Scores) -> Sites:
+    """Scores in the form that is kept."""
+    found: Sites = {}
+    for (site, axis), score in scores.items():
+        found.setdefault(site, {})[axis] = score
+    return found
+
+
+def by_group(scores: Sites) -> Scores:
+    """Scores from the form that is kept."""
+    return {(site, axis): score for site, of_site in scores.items() for axis, score in of_site.items()}
+
+
+def balance(context: Context, network: Network, pool: Pool) -> Weights | None:
+    """The weights of the same function in the balanced basis; None: the dense ones."""
+    if not context.settings.balance:
+        return None
+    model = network.with_weights(None)
+    with context.part("balance"):
+        balance_(model, network.groups, pool.parts.calibration)
+    return model.state_dict()
+
+
+def score(context: Context, network: Network, pool: Pool, balanced: Weights | None) -> Ranked:
+    """The worth of every channel of the balanced network."""
+    return _ranked(context, network, pool, network.with_weights(balanced))
+
+
+def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) -> Ranked:
+    settings, opened, scoring = context.settings, allowed(context, network).opened, pool.parts.scoring
+    innovations: dict[str, Innovations] = {}
+    if settings.ranked_by == "innovation":
+        with context.part("order"):
+            innovations = innovations_of(model, opened, scoring, generator(settings.seed, "order", 0, "labels"))
+    gates = add_gates_(model, network.groups, opened, innovations=innovations)
+    with context.part("score"):
+        scores = _scores(context, network, model, gates, scoring)
+    remove_gates_(model, gates)
+    if not any(score.any() for score in scores.values()):
+        raise CheckpointError(
+            f"every score is zero: on {sum(map(len, scoring)):,} images nothing that may be cut changes "
+            "what the network answers; is its classifier trained?"
+        )
+    kept = {name: vars(found) for name, found in innovations.items()} if settings.searches else {}
+    return Ranked(scores=by_site(scores), innovations=kept)
+
+
+def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, scoring: list[Tensor]) -> Scores:
+    settings = context.settings
+    if settings.ranked_by == "magnitude":
+        return magnitude_scores(model, gates, network.groups)
+    if settings.ranked_by == "random":
+        return random_scores(gates, network.cost, generator(settings.seed, "score", 0, "scores"))
+    if settings.ranked_by == "equal":
+        return equal_scores(gates, network.cost)
+    return fisher_scores(model, gates, scoring, generator(settings.seed, "score", 0, "labels"))
+
+
+def tighten(
+    context: Context, network: Network, pool: Pool, balanced: Weights | None, ranked: Ranked
+) -> Tightened | None:
+    """Cuts and refits to shares above the target, each time back in dense shape; None where that is not asked for."""
+    settings, tightened = context.settings, None
+    for number in range(1, settings.tighten_steps):
+        model = tightened.model(network) if tightened else network.with_weights(balanced)
+        share = settings.target_flops ** (number / settings.tighten_steps)
+        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.opened.architecture.name)
+        pruned = cut_(copy.deepcopy(model), plan)
+        if settings.refit:
+            refit(context, network, pool, balanced, pruned, plan, f"to {share:.2f}")
+        model = expand_(network.with_weights(None), pruned, plan)
+        ranked = _ranked(context, network, pool, model)
+        tightened = Tightened(plan=plan, weights=model.state_dict(), ranked=ranked)
+    return tightened
+
+
+def refit(
+    context: Context,
+    network: Network,
+    pool: Pool,
+    balanced: Weights | None,
+    pruned: nn.Module,
+    plan: ChannelPlan,
+    name: str,
+) -> None:
+    """Corrects the linears of a cut network, in place, towards the balanced one."""
+    stage, settings = f"refit ({name})", context.settings
+    reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
+    with context.part(stage, len(plan.blocks)):
+        refit_(
+            pruned,
+            network.with_weights(balanced),
+            network.groups,
+            plan,
+            pool.parts.calibration,
+            ridge=settings.refit_ridge,
+            fit_block=reconstruction if settings.reconstruct_epochs > 0 else None,
+            on_block=lambda done: context.listener(StepDone(stage, done)),
+        )
+
+
+def search(
+    context: Context,
+    network: Network,
+    pool: Pool,
+    reference: Reference,
+    balanced: Weights | None,
+    ranked: Ranked,
+    tightened: Tightened | None,
+) -> Searched | None:
+    """Scores that gates learn under the budget, from the scores on; None where nothing is to be searched."""
+    settings = context.settings
+    if not settings.searches:
+        return None
+    model = tightened.model(network) if tightened else network.with_weights(balanced)  # may be trained as well
+    ranked = tightened.ranked if tightened else ranked
+    innovations = {
+        name: Innovations(**{part: tensor.to(context.device) for part, tensor in parts.items()})
+        for name, parts in ranked.innovations.items()
+    }
+    gates = add_gates_(model, network.groups, allowed(context, network).opened, innovations=innovations)
+    steps = settings.search_steps if settings.epochs is None else settings.epochs * len(pool.parts.gates)
+    with context.part("search", steps):
+        found = search_(
+            model,
+            gates,
+            by_group(ranked.scores),
+            network.cost,
+            objective_of(context, network, pool),
+            settings,
+            context.accelerator,
+            pool.parts.weights.from_step(0),
+            pool.parts.gates.from_step(0),
+            reference.seen,
+            steps=steps,
+            listener=context.listener,
+        )
+    remove_gates_(model, gates)
+    context.remember("search", found.history)
+    return Searched(scores=by_site(found.scores), weights=model.state_dict() if settings.search_weight_lr > 0 else None)

@@ -1,0 +1,137 @@
+"""The last stages of a run: the pruned network measured, saved and reported."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import nn
+
+from kcrprune.artifact.artifact import MODEL_FILE, open_model, save_model
+from kcrprune.atomic import write_atomically
+from kcrprune.config import RunConfig
+from kcrprune.measure.macs import count_macs
+from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
+from kcrprune.measure.summary import to_markdown
+from kcrprune.run.context import Context, Record
+from kcrprune.run.cutting import Cut, Recovery
+from kcrprune.run.describe import kernel_figures, report_of
+from kcrprune.run.folder import RECORD, REPORT, STORE
+from kcrprune.run.machine import machine_record, peak_memory_mib
+from kcrprune.run.measuring import Reference, accuracy_on
+from kcrprune.run.opening import Network, Pool, as_used
+from kcrprune.run.store import Result
+from kcrprune.training.features import feature_covariance
+
+
+class Measured(Result):
+    """The pruned network's figures."""
+
+    kernel: KernelFigures
+    accuracy: Accuracy | None
+
+
+def measure_pruned(
+    context: Context, network: Network, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
+) -> Measured:
+    """The same figures as of the dense network, and how often the two agree."""
+    model = _final(network, cut, recovery)
+    with context.part("measure pruned"):
+        covariance = feature_covariance(model, pool.parts.calibration)
+        kernel = kernel_figures(covariance, context.settings.kernel_rank)
+        accuracy = accuracy_on(context, network, pool, model, reference.replayed(network))
+    counted = count_macs(model, network.opened.preprocessing.input_size)
+    assert counted == network.cost.predicted(cut.plan), "predicted and counted MACs differ"
+    return Measured(kernel=kernel, accuracy=accuracy)
+
+
+def _final(network: Network, cut: Cut, recovery: Recovery | None) -> nn.Module:
+    return network.pruned(cut.plan, recovery.weights if recovery else cut.weights)
+
+
+def save(
+    context: Context,
+    network: Network,
+    pool: Pool,
+    reference: Reference,
+    cut: Cut,
+    recovery: Recovery | None,
+    measured: Measured,
+) -> Comparison:
+    """Writes the files of the run, its record last: a folder that has one is finished."""
+    config, folder = as_used(context.settings, network), context.folder
+    assert folder is not None, "a run that saves has a folder"
+    with context.part("save"):
+        _write_model(folder, context, network, pool, cut, recovery, measured)
+        after = open_model(folder / MODEL_FILE)
+    told = context.told()
+    comparison = Comparison(
+        before=report_of(network.opened, kernel=reference.kernel, accuracy=reference.accuracy),
+        after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy),
+        cut=recovery.cut if recovery else None,
+        stages=tuple(told.times),
+        settings=config.model_dump(mode="json", exclude_defaults=True),
+        notes=tuple(told.notes),
+    )
+    write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
+    write_json(folder / REPORT, comparison.model_dump(mode="json"))
+    write_text(folder / "report.md", to_markdown(comparison))
+    write_text(folder / "config.toml", to_toml(config))
+    write_text(folder / "log.jsonl", to_lines(told.history))
+    write_json(folder / RECORD, _record(network, config, told))
+    return comparison
+
+
+def _write_model(
+    folder: Path, context: Context, network: Network, pool: Pool, cut: Cut, recovery: Recovery | None, found: Measured
+) -> None:
+    opened, fresh = network.opened, folder / STORE / MODEL_FILE
+    fresh.unlink(missing_ok=True)
+    save_model(
+        fresh,
+        _final(network, cut, recovery).cpu(),
+        architecture=opened.architecture,
+        plan=cut.plan,
+        preprocessing=opened.preprocessing,
+        class_names=opened.class_names or pool.images.class_names,
+        record={
+            "config": as_used(context.settings, network).model_dump(mode="json"),
+            "dense_digest": opened.digest,
+            "dense_macs": network.cost.dense,
+            "kernel": found.kernel.model_dump(mode="json"),
+            "accuracy": found.accuracy and found.accuracy.model_dump(mode="json"),
+        },
+    )
+    fresh.replace(folder / MODEL_FILE)
+
+
+def _record(network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
+    return machine_record() | {
+        "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
+        "seed": config.seed,
+        "stages": {time.stage: time.seconds for time in told.times},
+        "peak_memory_mib": peak_memory_mib(),
+        "decisions": told.decisions,
+    }
+
+
+def to_toml(config: RunConfig) -> str:
+    """A configuration as the TOML file that repeats it; options that are unset are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def to_lines(histories: Mapping[str, list[dict[str, int | float | None]]]) -> str:
+    """One line of JSON for every training step."""
+    lines = [json.dumps({"stage": stage} | row) for stage, rows in histories.items() for row in rows]
+    return "".join(line + "\n" for line in lines)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Readable JSON with a final newline."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that appears whole, in the place of what an earlier attempt may have left."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"), replace=True)

@@ -1,0 +1,135 @@
+"""The stages of a run, in order: the one table that says what each reads and what it follows from.
+
+The first stages, which refuse, the choice and the last one, which writes, are made each time; all others are kept.
+"""
+
+from typing import Final
+
+from kcrprune.run import cutting, measuring, opening, ranking, saving
+from kcrprune.run.context import ALL
+from kcrprune.run.stage import Stage
+from kcrprune.run.store import Codec
+
+NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
+IMAGES: Final = (
+    *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip"),
+    *("calibration_images", "score_images", "search_split", "batch_size"),
+)
+ALLOWED: Final = ("axes", "include", "exclude", "round_to", "min_width")  # what may be cut
+RANKING: Final = ("ranked_by", "searches")
+REFIT: Final = ("refit", "refit_ridge", "reconstruct_epochs", "reconstruct_lr")
+LOSSES: Final = ("task", "labels", "smoothing", "distill_temperature", "kernel_weight", "kernel_norm")
+TRAINING: Final = ("epochs", "weight_decay", "clip_grad", "kernel_rank", "kernel_every", "precision", "seed")
+
+OPEN: Final = Stage(
+    name="open",
+    reads=(*NETWORK, "seed"),
+    after=(),
+    make=opening.open_network,
+    fingerprint=lambda network: network.opened.digest,
+)
+TARGET: Final = Stage(
+    name="target",
+    reads=("target_flops", *ALLOWED),
+    after=("open",),
+    make=opening.require_target,
+)
+POOL: Final = Stage(
+    name="images",
+    reads=(*IMAGES, "seed"),
+    after=("open",),
+    make=opening.open_pool,
+    fingerprint=lambda pool: pool.fingerprint,
+)
+TASK: Final = Stage(
+    name="task",
+    reads=ALL,
+    after=("open", "images"),
+    make=opening.require_task,
+)
+DENSE: Final = Stage(
+    name="dense",
+    reads=("kernel_rank",),
+    after=("open", "images"),
+    make=measuring.measure_dense,
+    kept=Codec(measuring.Reference),
+)
+BALANCE: Final = Stage(
+    name="balance",
+    reads=("balance",),
+    after=("open", "images"),
+    make=ranking.balance,
+    kept=Codec(opening.Weights | None),
+)
+SCORE: Final = Stage(
+    name="score",
+    reads=(*RANKING, *ALLOWED, "seed"),
+    after=("open", "images", "balance"),
+    make=ranking.score,
+    kept=Codec(ranking.Ranked),
+)
+TIGHTEN: Final = Stage(
+    name="tighten",
+    reads=("tighten_steps", "target_flops", *RANKING, *ALLOWED, *REFIT, "seed"),
+    after=("open", "images", "balance", "score"),
+    make=ranking.tighten,
+    kept=Codec(ranking.Tightened | None),
+)
+SEARCH: Final = Stage(
+    name="search",
+    reads=(
+        *("searches", "search_steps", "search_lr", "search_spread", "search_weight_lr"),
+        *("temperature", "temperature_floor", "target_flops", "axes", "include", "exclude"),
+        *LOSSES,
+        *TRAINING,
+    ),
+    after=("open", "images", "dense", "balance", "score", "tighten"),
+    make=ranking.search,
+    kept=Codec(ranking.Searched | None),
+)
+CUT_SEARCHED: Final = Stage(
+    name="cut-searched",
+    reads=("target_flops", *ALLOWED, *REFIT, "distill_temperature", "seed"),
+    after=("open", "images", "balance", "tighten", "search"),
+    make=cutting.cut_searched,
+    kept=Codec(cutting.Cut | None),
+)
+CUT_SCORED: Final = Stage(
+    name="cut-scored",
+    reads=("target_flops", "ranked_by", *ALLOWED, *REFIT, "distill_temperature", "seed"),
+    after=("open", "images", "balance", "score", "tighten"),
+    make=cutting.cut_scored,
+    kept=Codec(cutting.Cut | None),
+)
+CHOOSE: Final = Stage(
+    name="choose",
+    reads=("ranked_by",),
+    after=("cut-searched", "cut-scored"),
+    make=cutting.choose,
+)
+RECOVER: Final = Stage(
+    name="recover",
+    reads=("recover_steps", "lr", "warmup_steps", "keep_best", *LOSSES, *TRAINING),
+    after=("open", "images", "dense", "choose"),
+    make=cutting.recover,
+    kept=Codec(cutting.Recovery | None),
+)
+MEASURE: Final = Stage(
+    name="measure",
+    reads=("kernel_rank",),
+    after=("open", "images", "dense", "choose", "recover"),
+    make=saving.measure_pruned,
+    kept=Codec(saving.Measured),
+)
+SAVE: Final = Stage(
+    name="save",
+    reads=ALL,
+    after=("open", "images", "dense", "choose", "recover", "measure"),
+    make=saving.save,
+)
+
+REFUSALS: Final = (OPEN, TARGET, POOL, TASK)  # cheap; whatever can be refused is refused here, before there is a folder
+STAGES: Final = (
+    *(*REFUSALS, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
+    *(CUT_SEARCHED, CUT_SCORED, CHOOSE, RECOVER, MEASURE, SAVE),
+)

@@ -1,0 +1,125 @@
+"""Results of stages as files: tensors as safetensors, the rest as JSON, each stage in a folder that is whole or absent.
+
+STORE/NAME-DIGEST/ holds `data.json`, `tensors.safetensors` and `record.json`. Nothing is pickled.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, create_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, contiguous_format
+
+from kcrprune.atomic import make_folder_atomically
+from kcrprune.errors import KcrPruneError
+from kcrprune.run.context import Record
+
+DATA, TENSORS, RECORD = "data.json", "tensors.safetensors", "record.json"
+PLACE: Final = "$tensor"  # key of what stands in the JSON for a tensor: its name in the file of tensors
+
+R = TypeVar("R")
+
+
+class Result(BaseModel):
+    """Data with tensors in it, which a stage gives to those after it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A stage's result by its stage and everything that it depends on."""
+
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.digest}"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A result apart: its tensors on the CPU by name, and JSON that says where they belong."""
+
+    tensors: dict[str, Tensor]
+    data: Any
+
+
+class Codec(Generic[R]):
+    """Takes results of one type apart, and puts them together again."""
+
+    def __init__(self, kind: Any) -> None:
+        self.form: Any = create_model("Form", __base__=Result, value=(kind, ...))
+
+    def pack(self, result: R) -> Packed:
+        """A copy that shares no memory with `result`."""
+        tensors: dict[str, Tensor] = {}
+        return Packed(tensors, _apart(self.form(value=result).model_dump()["value"], "", tensors))
+
+    def unpack(self, packed: Packed) -> R:
+        """The result that was packed."""
+        return self.form(value=_together(packed.data, packed.tensors)).value
+
+
+class Store:
+    """The results of stages below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, key: Key) -> bool:
+        """Whether the whole result is here."""
+        return all((self.folder / str(key) / name).is_file() for name in (DATA, TENSORS, RECORD))
+
+    def record(self, key: Key) -> Record:
+        """What a stage told."""
+        return Record.model_validate(self._json(key, RECORD))
+
+    def result(self, key: Key, codec: Codec[R]) -> R:
+        """What a stage gave."""
+        return codec.unpack(Packed(load_file(self.folder / str(key) / TENSORS), self._json(key, DATA)))
+
+    def keep(self, key: Key, packed: Packed, record: Record) -> None:
+        """Writes a result; KcrPruneError where the disk does not take it, and then nothing of it is here."""
+
+        def fill(folder: Path) -> None:
+            try:
+                save_file(packed.tensors, folder / TENSORS)
+            except SafetensorError as error:
+                raise KcrPruneError(f"cannot write {self.folder / str(key)}: {error}") from error
+            for name, data in ((DATA, packed.data), (RECORD, record.model_dump())):
+                (folder / name).write_text(json.dumps(data), encoding="utf-8")
+
+        make_folder_atomically(self.folder / str(key), fill)
+
+    def drop_tensors(self) -> None:
+        """Removes what is large, for a run whose network is saved; what was told and decided stays."""
+        for tensors in self.folder.glob(f"*/{TENSORS}"):
+            tensors.unlink()
+
+    def _json(self, key: Key, name: str) -> Any:
+        return json.loads((self.folder / str(key) / name).read_text(encoding="utf-8"))
+
+
+def _apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone(memory_format=contiguous_format)
+        return {PLACE: name}
+    if isinstance(value, dict):
+        return {key: _apart(part, f"{name}/{key}", tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_apart(part, f"{name}/{index}", tensors) for index, part in enumerate(value)]
+    return value
+
+
+def _together(data: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(data, dict):
+        if PLACE in data:
+            return tensors[data[PLACE]]
+        return {key: _together(part, tensors) for key, part in data.items()}
+    if isinstance(data, list):
+        return [_together(part, tensors) for part in data]
+    return data

@@ -1,0 +1,163 @@
+"""A run that is stopped and given again ends where one that is not stopped does, bit by bit."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kcrprune import pipeline
+from kcrprune.errors import KcrPruneError, OutputExistsError
+from kcrprune.events import Note, StageStarted, ignore
+from kcrprune.run import saving
+from kcrprune.run.folder import RUNS, STORE
+from tests.pipeline.test_compress import SHORT, image_folder, save
+
+PARTS = (
+    *("load", "measure dense", "balance", "order", "score", "refit (to 0.89)", "search", "refit (search)"),
+    *("refit (scores)", "measure cut", "recover", "measure pruned", "save"),
+)
+SAME = ("model.safetensors", "plan.json", "config.toml", "log.jsonl")
+
+
+@pytest.fixture
+def checkpoint(tiny_vit, tmp_path):
+    return save(tiny_vit, tmp_path / "dense.safetensors")
+
+
+class Watch(list):
+    """Remembers what is told; stops the run when a part begins."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+
+    def __call__(self, event):
+        self.append(event)
+        if isinstance(event, StageStarted) and event.stage == self.stop_at:
+            raise KeyboardInterrupt
+
+    @property
+    def parts(self):
+        return [event.stage for event in self if isinstance(event, StageStarted) and event.stage != "evaluate"]
+
+    @property
+    def notes(self):
+        return [event.text for event in self if isinstance(event, Note)]
+
+
+def assert_same_run(folder: Path, other: Path):
+    for name in SAME:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    reports = [json.loads((run / "report.json").read_text()) for run in (folder, other)]
+    for report in reports:
+        report["after"].pop("source")
+        report["stages"] = [stage["stage"] for stage in report["stages"]]
+    assert reports[0] == reports[1]
+    decisions = [json.loads((run / "run.json").read_text())["decisions"] for run in (folder, other)]
+    assert decisions[0] == decisions[1]
+
+
+def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(checkpoint, tmp_path):
+    images = str(image_folder(tmp_path / "images"))
+    config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, "search_weight_lr": 0.01, "search_steps": 2})
+    whole = Watch()
+    pipeline.compress(checkpoint, config, tmp_path / "whole", whole)
+    assert list(dict.fromkeys(whole.parts)) == list(PARTS)
+    for number, part in enumerate(PARTS):
+        told = Watch(stop_at=part)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.compress(checkpoint, config, tmp_path / "run", told)
+        assert told.parts[-1] == part
+        assert len(told.parts) <= 5, "no stage is made twice"
+        assert any(note.startswith("continues after: measure dense") for note in told.notes) == (number > 2)
+        assert (tmp_path / "run").exists() == (number > 1), "what has kept nothing leaves nothing"
+    last = Watch()
+    pipeline.compress(checkpoint, config, tmp_path / "run", last)
+    assert last.parts == ["load", "save"]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_killed_process_goes_on_where_it_was(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(tmp_path / "run")]
+    for name, value in SHORT.model_dump(exclude_defaults=True).items():
+        written = ",".join(value) if isinstance(value, tuple) else str(value)
+        command += [f"--{name.replace('_', '-')}", written]
+    delay = random.Random().uniform(0, 1.5)  # truly at random: every moment has to do
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("measure dense: done"):
+            break
+    time.sleep(delay)
+    process.kill()
+    process.stderr.close()
+    process.wait()
+    pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, f"killed {delay:.3f} s after the dense network was measured: {resumed.stderr}"
+    assert "continues after: measure dense" in resumed.stderr or "it is shown again" in resumed.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not list((tmp_path / "run" / STORE).glob("lock.*"))
+
+
+def test_a_changed_setting_makes_again_what_depends_on_it_and_says_so(checkpoint, tmp_path):
+    changed = SHORT.model_copy(update={"lr": 1e-3})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(checkpoint, SHORT, tmp_path / "run", Watch(stop_at="save"))
+    told = Watch()
+    pipeline.compress(checkpoint, changed, tmp_path / "run", told)
+    assert told.parts == ["load", "measure cut", "recover", "measure pruned", "save"]
+    assert "changed since the run was stopped: lr; what depends on it is made again" in told.notes
+    pipeline.compress(checkpoint, changed, tmp_path / "whole", ignore)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_is_shown_again_and_fresh_begins_another(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = pipeline.compress(checkpoint, SHORT, None, ignore)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for out in (None, first.folder):
+        told = Watch()
+        again = pipeline.compress(checkpoint, SHORT.model_copy(update={"workers": 1}), out, told)
+        assert again == first
+        assert told.parts == ["load"]
+        assert any("is finished and was asked the same" in note for note in told.notes)
+    with pytest.raises(OutputExistsError, match="differs in lr"):
+        pipeline.compress(checkpoint, SHORT.model_copy(update={"lr": 1.0}), first.folder, ignore)
+    with pytest.raises(OutputExistsError, match="not empty"):
+        pipeline.compress(checkpoint, SHORT, first.folder, ignore, fresh=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    fresh = pipeline.compress(checkpoint, SHORT, None, ignore, fresh=True)
+    assert fresh.folder == RUNS / "dense-0.8-2"
+    assert_same_run(fresh.folder, first.folder)
+
+
+def test_other_images_under_the_same_name_are_other_images(checkpoint, tmp_path):
+    images = image_folder(tmp_path / "images")
+    config = SHORT.model_copy(update={"data": str(images), "search_steps": 0})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(checkpoint, config, tmp_path / "run", Watch(stop_at="recover"))
+    (images / "train" / "class0" / "0.png").rename(images / "train" / "class0" / "00.png")
+    told = Watch()
+    pipeline.compress(checkpoint, config, tmp_path / "run", told)
+    assert told.parts[:2] == ["load", "measure dense"]
+    assert any("changed since the run was stopped: the images" in note for note in told.notes)
+
+
+def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoint, tmp_path, monkeypatch):
+    def full(path: Path, text: str):
+        raise KcrPruneError(f"cannot write {path}: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_text", full)
+        with pytest.raises(KcrPruneError, match=r"plan\.json: No space left on device"):
+            pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    told = Watch()
+    pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
+    assert told.parts == ["load", "save"]
+    pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
