@@ -6,6 +6,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Final
@@ -124,8 +125,14 @@ def _passed_over(name: str) -> str | None:
     if any(part.startswith(".") for part in name.split("/")):
         return "hidden"
     suffix = posixpath.splitext(name)[1].lower()
-    return (
-        None if Image.registered_extensions().get(suffix) in Image.OPEN.keys() - STUBS else suffix or "without a suffix"
+    return None if suffix in _suffixes() else suffix or "without a suffix"
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Those of the formats that Pillow draws."""
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS
     )
 
 
