@@ -88,7 +88,6 @@ class ExpectedMacs:
             low = torch.addcmul(low, cheap.sum(), width)
         logits += low.to(logits)
 
-
     def follow_(self, logits: Tensor, before: Tensor, target: float) -> None:
         """The shift after a step from `before`, where the expected MACs were `target`: in fewer rounds.
 

@@ -117,4 +117,3 @@ def learned_scores(gates: Gates, cost: MacCost, scale: float = 1.0) -> Scores:
     """Logits as scores again: exp(logit / scale) for each MAC of the channel."""
     flat = (gates.logits.double() / scale).exp() * prices(gates, cost).double()
     return gates.by_group(flat.cpu())
-
