@@ -1,12 +1,10 @@
 """What is known of timm's networks by name: the sizes and traits that their registered arguments give.
 
-The table lies in registry.json, one network a line. `python -m kcrprune.checkpoints.registry` makes it again from the
-installed timm (about a minute) and prints it.
+The table lies in registry.json, one network a line; `python docs/networks.py` writes it from the installed timm.
 """
 
 import json
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -76,11 +74,6 @@ def known(name: str) -> Known:
 def bare_name(name: str) -> str:
     """The network in a longer name, such as hf-hub:timm/vit_small_patch16_224.augreg_in1k."""
     return name.rsplit("/", 1)[-1].split(".", 1)[0]
-
-
-def is_known(name: str) -> bool:
-    """True for a name in the table."""
-    return any(row.name == name for row in table())
 
 
 def _measured(name: str) -> Known:
@@ -163,30 +156,3 @@ def _has(module: Any) -> bool:
 def _from_row(row: dict[str, JsonValue]) -> Known:
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return Known(**cast(Any, values))
-
-
-def _to_row(network: Known) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in fields(Known)}
-    return {key: value for key, value in asdict(network).items() if value != defaults[key]}
-
-
-def regenerate() -> str:
-    """The text of registry.json, made from the installed timm."""
-    import timm
-
-    from kcrprune.families import family_of
-
-    rows = []
-    for module in MODULES:
-        for name in timm.list_models(module=module):
-            model = timm.create_model(name, pretrained=False, device="meta")
-            try:
-                family_of(model)
-            except UnsupportedModelError:
-                continue
-            rows.append(json.dumps(_to_row(describe(name, model))))
-    return "[\n" + ",\n".join(rows) + "\n]\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(regenerate())
