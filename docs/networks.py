@@ -62,7 +62,8 @@ def tables() -> dict[str, str]:
         found[name] = signature_of(model)
         if is_covered(model):
             covered.add(found[name].tensors)
-            rows |= {name: json.dumps(row_of(name, model))} if name in ordered else {}
+            if name in ordered and registry.is_plain(model):
+                rows[name] = json.dumps(row_of(name, model))
     kept = {name: " ".join(signature) for name, signature in found.items() if signature.tensors in covered}
     return {
         "registry.json": "[\n" + ",\n".join(rows[name] for name in ordered if name in rows) + "\n]\n",

@@ -91,7 +91,24 @@ def _measured(name: str) -> Known:
         )
     model = timm.create_model(name, pretrained=False, device="meta")
     family_of(model)
+    if not is_plain(model):
+        raise UnsupportedModelError(
+            f"{name} has parts that cannot be told from shapes; a file of its registered sizes opens without --arch"
+        )
     return describe(name, model)
+
+
+def is_plain(model: Any) -> bool:
+    """Whether shapes tell a network: every block of timm's first kind, whose parts the rows below have a word for."""
+    parts = {
+        type(part).__name__
+        for block in model.modules()
+        if hasattr(block, "attn") and hasattr(block, "mlp")
+        for part in (block, block.attn, block.mlp)
+    }
+    plain = ({"Block", "Attention", "Mlp"}, {"SwinTransformerBlock", "WindowAttention", "Mlp"})
+    gated = any(getattr(module, "gate", None) is not None for module in model.modules())
+    return parts in plain and not gated
 
 
 def describe(name: str, model: Any) -> Known:
