@@ -2,20 +2,19 @@
 
 What is minimised: the sum of the scores of the channels that go, under a limit on the cost; a problem of knapsacks
 whose items multiply, which is NP-hard. What is done: steps of widths are given up in the order of score lost for cost
-saved, then what is left over buys back. For one axis with concave gains the first is exact up to the last step; in
-general the plan loses no more score than the exact one does at a limit lower by the largest single step (measured on
-small cases against an exact solver, see tests and docs/method.md).
+saved, then what is left over buys back. How far that ends from an exact solver: docs/method.md.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from kcrprune.errors import BudgetError
 from kcrprune.families import Group, Key
-from kcrprune.method.cost import MacCost, dense_widths, with_width
+from kcrprune.method.cost import Cost, dense_widths, with_width
 from kcrprune.plan import AXES, PER_HEAD, ChannelPlan, Indices, Kept
 
 WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
@@ -23,11 +22,14 @@ WINDOW = 0.005  # a plan lies within this share of the dense cost below its targ
 Scores = Mapping[Key, Tensor]  # by group: (units,), or (h, units) for the axes inside heads
 
 
+C = TypeVar("C", bound=Cost)
+
+
 @dataclass(frozen=True)
-class Allowed:
+class Allowed(Generic[C]):
     """What may be spent and on what: the cost, and which groups are open to which widths."""
 
-    cost: MacCost
+    cost: C
     groups: tuple[Group, ...]
     open: frozenset[Key]
     round_to: int = 8

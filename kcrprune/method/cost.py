@@ -21,7 +21,10 @@ Widths = Mapping[Key, int]  # kept channels of one head; for `heads` kept heads
 class Cost(Protocol):
     """What a budget is counted in. What one site costs does not depend on the widths of another."""
 
-    dense: int  # of the whole network
+    @property
+    def dense(self) -> int:
+        """Of the whole network before any cut."""
+        ...
 
     def of_site(self, site: str, widths: Widths) -> int:
         """What a branch costs at these widths, up to a constant."""

@@ -20,13 +20,13 @@ def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
     return open_model(checkpoint, **{name: getattr(config, name) for name in overrides})
 
 
-def allowed_of(model: nn.Module, macs: int, input_size: tuple[int, int, int], config: RunConfig) -> Allowed:
+def allowed_of(model: nn.Module, macs: int, input_size: tuple[int, int, int], config: RunConfig) -> Allowed[MacCost]:
     """What a configuration may spend on a dense model; ConfigError names a pattern that no block matches."""
     cost = MacCost.of(model, contract_of(model, input_size), macs)
     return opened_groups(cost, config)
 
 
-def opened_groups(cost: MacCost, config: RunConfig) -> Allowed:
+def opened_groups(cost: MacCost, config: RunConfig) -> Allowed[MacCost]:
     """The groups that a configuration opens of a network with this cost."""
     groups = cost.contract.groups
     for pattern in (*config.include, *config.exclude):

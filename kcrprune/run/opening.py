@@ -81,7 +81,7 @@ def open_network(context: Context) -> Network:
     return Network(opened, dense, MacCost.of(dense, contract_of(dense, size), count_macs(dense, size)))
 
 
-def allowed(context: Context, network: Network) -> Allowed:
+def allowed(context: Context, network: Network) -> Allowed[MacCost]:
     """What may be cut, and how far."""
     return opened_groups(network.cost, context.settings)
 

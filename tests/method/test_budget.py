@@ -1,21 +1,27 @@
 """The budget solver: targets are met, nothing cheap is thrown away, what is out of reach is refused."""
 
+import hashlib
 import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import BudgetError
-from kcrprune.families import Group, Key
+from kcrprune.families import Group, Key, contract_of
 from kcrprune.families.contract import Contract
 from kcrprune.method.budget import WINDOW, Allowed, Scores, require_reachable, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, kept_count, plan_widths
-from kcrprune.plan import AXES, PER_HEAD, Axis
+from kcrprune.plan import AXES, PER_HEAD, Axis, ChannelPlan
 from tests.conftest import TINY, Tiny, cost_of
 
 SMOOTH: tuple[Axis, ...] = ("mlp_hidden", "attn_query", "attn_value")
+WEIGHTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "weights"
 MANY = settings(max_examples=20, deadline=None, derandomize=True)
 
 # width, hidden units, heads, channels of a head, tokens, tokens of a window: DeiT-S at 224 px and one Swin stage
@@ -46,7 +52,7 @@ def block(name: str, width: int, hidden: int, heads: int, dim: int, tokens: int,
     return groups, terms
 
 
-def allowed_for(sizes, depth: int, axes: tuple[Axis, ...], rest: int = 0, **limits) -> Allowed:
+def allowed_for(sizes, depth: int, axes: tuple[Axis, ...], rest: int = 0, **limits) -> Allowed[MacCost]:
     groups, terms = (), {}
     for index in range(depth):
         more, further = block(f"blocks.{index}", *sizes)
@@ -171,3 +177,53 @@ def test_a_channel_costs_the_difference_that_it_makes(axis: Axis):
     fewer = {**widths, group.key: widths[group.key] - 1}
     saved = cost.of_site(group.site, widths) - cost.of_site(group.site, fewer)
     assert cost.channel(group) == saved // (kept_count(group, widths) // group.width)
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """A table of times in place of MACs: what each width of an axis costs was measured, in microseconds."""
+
+    groups: tuple[Group, ...]
+    dense: int = 0
+
+    def of_site(self, site: str, widths) -> int:
+        """Steps of a kernel: a width costs what the next multiple of 32 costs."""
+        return sum(-(-widths[group.key] // 32) * (30 + len(group.axis)) for group in self.groups if group.site == site)
+
+
+def test_the_solver_asks_what_a_width_costs_and_does_not_know_the_unit():
+    groups = allowed_for(VIT, 2, SMOOTH).groups
+    cost = Milliseconds(groups)
+    cost = replace(cost, dense=sum(cost.of_site(site, dense_widths(groups)) for site in {g.site for g in groups}))
+    allowed = Allowed(cost, groups, frozenset(group.key for group in groups if group.axis in SMOOTH), round_to=32)
+    plan = solve(allowed, random_scores(groups, 0), 0.6, "x")
+    spent = allowed.cost_of(plan_widths(plan))
+    assert 0.55 * cost.dense < spent <= 0.6 * cost.dense
+
+
+NETWORKS = ("deit", "swin", "tiny_vit")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_plans_are_those_that_were_made_before_there_were_groups(name: str):
+    """Recorded from the solver over blocks; the same scores give the same channels, to the index."""
+    recorded = json.loads((Path(__file__).parent / "plans_format_1.json").read_text())
+    opened = open_model(WEIGHTS / f"{name}_cifar10.safetensors")
+    cost = MacCost.of(opened.model, contract_of(opened.model, opened.preprocessing.input_size), recorded[name]["macs"])
+    for label, axes in (("default", SMOOTH), ("every", AXES)):
+        opened_keys = frozenset(group.key for group in cost.contract.groups if group.axis in axes)
+        allowed = Allowed(cost, cost.contract.groups, opened_keys)
+        scores = {group.key: drawn(group) for group in allowed.opened}
+        for target in (0.7, 0.5, 0.35):
+            assert digest_of(solve(allowed, scores, target, "x")) == recorded[name][f"{label} {target}"]
+
+
+def drawn(group: Group) -> torch.Tensor:
+    seed = int.from_bytes(hashlib.sha256(f"{group.site}/{group.axis}".encode()).digest()[:4], "big")
+    shape = (group.heads, group.width) if group.axis in PER_HEAD else (group.width,)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).exp() ** 4
+
+
+def digest_of(plan: ChannelPlan) -> str:
+    kept = sorted((k.site, k.axis, k.kept_heads, k.channels) for k in plan.groups)
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
