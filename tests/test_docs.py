@@ -1,17 +1,31 @@
 """The documents tell the truth about the program: commands, verbs, links, the option reference."""
 
 import ast
+import copy
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 from typer import TyperException
 from typer.main import get_command
 
 import kcrprune
+from kcrprune import families
+from kcrprune.checkpoints import signatures
+from kcrprune.checkpoints.dense import open_dense
 from kcrprune.cli.app import app
+from kcrprune.measure.macs import count_macs
+from kcrprune.method.cost import MacCost
+from kcrprune.surgery.certificate import certificate
+from kcrprune.surgery.gated import harden_
+from kcrprune.surgery.narrow import cut_
+from tests.conftest import gated, random_plan, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -96,3 +110,37 @@ def test_the_architecture_names_every_unit_and_only_what_exists():
     assert all((ROOT / path).exists() for path in named)
     units = {path for path in (ROOT / "kcrprune").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {path.name for path in units} - {"__main__.py"} <= {path.split("/")[1] for path in named}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The toy family of docs/adding-a-family.md, added as the page says."""
+    found: dict = {"__name__": "toy"}
+    monkeypatch.setitem(sys.modules, "toy", SimpleNamespace(__dict__=found))
+    for body in blocks(ROOT / "docs" / "adding-a-family.md", "python"):
+        exec(body, found)  # our own page
+    monkeypatch.setitem(families.RULES, found["PairMlp"], found["pair_rule"])
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, found["FAMILY"]))
+    model = timm.create_model("pair_vit_tiny", num_classes=5)
+    signature = runpy.run_path(str(ROOT / "docs" / "networks.py"))["signature_of"](model)
+    table = signatures.table() | {"pair_vit_tiny": signature}
+    monkeypatch.setattr(signatures, "table", lambda: table)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_toy_family_of_the_docs_is_certified_cut_and_opened(toy, tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    groups, plan = families.groups_of(toy), random_plan(toy, "pair_vit_tiny", 1)
+    assert {group.axis for group in groups if ".mlp" in group.site} == {"mlp_io", "mlp_hidden"}
+    assert set(certificate(toy, groups, plan, images).values()) == {0.0}
+    masked = copy.deepcopy(toy).double()
+    harden_(gated(masked), plan)
+    pruned = cut_(copy.deepcopy(toy).double(), plan)
+    assert relative_error(pruned(images.double()), masked(images.double())) <= 1e-10
+    cost = MacCost.of(toy, families.contract_of(toy, images[:1]), count_macs(toy, (3, 32, 32)))
+    assert cost.predicted(plan) == count_macs(pruned.float(), (3, 32, 32))
+    torch.save(toy.state_dict(), tmp_path / "pair.pth")
+    opened = open_dense(tmp_path / "pair.pth")
+    assert (opened.architecture.family, opened.architecture.name) == ("pair", "pair_vit_tiny")
+    assert torch.equal(opened.model(images), toy(images))

@@ -197,9 +197,8 @@ class Arm:
         torch.nn.utils.clip_grad_norm_(self.learned, self.config.clip_grad)
         self.optimizer.step()
         if self.stage == "search":
-            change = (self.gates.logits.detach() - before).abs().max()
             budget = self.config.target_flops * self.network.allowed.cost.dense
-            self.expected.shift_(self.gates.logits.data, budget, 1.01 * change + 1e-6, rounds=5)
+            self.expected.follow_(self.gates.logits.data, before, budget)
         if self.watch is not None:
             self.watch.see_(loss.features)
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kcrprune.atomic import taken, write_atomically
-from kcrprune.checkpoints.dense import Opened, digest, open_dense
+from kcrprune.checkpoints.dense import Opened, open_dense
 from kcrprune.checkpoints.loading import build_quietly, check_outline
 from kcrprune.checkpoints.preprocessing import Flags, overridden
-from kcrprune.containers.contents import read_all
+from kcrprune.containers.contents import digest, read_all
 from kcrprune.containers.safetensors_file import Header, is_safetensors, read_header
 from kcrprune.containers.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError

@@ -1,22 +1,20 @@
 """Any dense network from a file or folder: recognised, brought to timm's names, checked."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
-from kcrprune.checkpoints.inference import Inferred, difference, infer
+from kcrprune.checkpoints.inference import Inferred, infer
 from kcrprune.checkpoints.loading import load_dense
 from kcrprune.checkpoints.locate import locate
 from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
-from kcrprune.checkpoints.registry import known
+from kcrprune.checkpoints.shapes import classes_of
 from kcrprune.checkpoints.statements import stated
 from kcrprune.containers.container import open_container
-from kcrprune.containers.contents import read_all
+from kcrprune.containers.contents import digest, read_all, shapes_of
 from kcrprune.errors import ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
 from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
@@ -63,8 +61,8 @@ def open_dense(
     if located.layout.doubt and not located.trail and arch is None:
         raise UnsupportedModelError(f"{path}: {located.layout.doubt}")
     tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    classes = next((shapes[name][0] for name in ("head.weight", "head.fc.weight") if name in shapes), 0)
+    shapes = shapes_of(tensors)
+    classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
     evidence = Evidence((flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes)))
     inferred = infer(shapes, evidence, path)
@@ -90,41 +88,22 @@ def open_dense(
 
 def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple[str, ...]]:
     """The same network at the image size that the user asks for."""
-    own = inferred.network.img_size
-    patch = inferred.network.patch_size
+    own, patch = inferred.img_size, inferred.patch_size
     if img_size is None or img_size == own:
         return inferred, ()
     if img_size % patch:
         raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
     note = f"image size {img_size} in place of {own}: {ASKED}; timm resizes the position tables whose size changes"
-    return changed(inferred, img_size=img_size), (note,)
+    return inferred.changed(img_size=img_size), (note,)
 
 
 def with_head(inferred: Inferred, num_classes: int | None, path: Path) -> tuple[Inferred, tuple[str, ...]]:
     """The network with a new classifier where the file has none and the user asks for one."""
-    own = inferred.network.num_classes
+    own = inferred.num_classes
     if num_classes is None or num_classes == own:
         return inferred, ("no classifier in the file; --num-classes gives it a new one",) if own == 0 else ()
     if own:
         raise ConfigError(f"{path} has a classifier for {own} classes; --num-classes {num_classes} contradicts it")
-    return changed(inferred, num_classes=num_classes), (
+    return inferred.changed(num_classes=num_classes), (
         f"a new, untrained classifier for {num_classes} classes: as asked",
     )
-
-
-def changed(inferred: Inferred, **values: int) -> Inferred:
-    """The same network with other arguments."""
-    network = replace(inferred.network, **values)
-    arguments = difference(network, known(network.name))
-    architecture = inferred.architecture.model_copy(update={"arguments": arguments})
-    return replace(inferred, network=network, architecture=architecture)
-
-
-def digest(files: Iterable[Path]) -> str:
-    """The sha256 of some files, one after the other."""
-    total = sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                total.update(block)
-    return total.hexdigest()

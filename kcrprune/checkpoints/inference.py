@@ -3,14 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pydantic import JsonValue
+from torch import nn
 
-from kcrprune.checkpoints.clues import ASKED, Evidence
+from kcrprune.checkpoints import signatures
+from kcrprune.checkpoints.clues import ASKED, Evidence, as_size
+from kcrprune.checkpoints.loading import build_outline
 from kcrprune.checkpoints.registry import Kind, Known, bare_name, known, table
-from kcrprune.checkpoints.shapes import Shapes, measure
+from kcrprune.checkpoints.shapes import Shapes, classes_of, measure
+from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from kcrprune.families import family_of
 from kcrprune.plan import Architecture
 
 # a network of each kind whose arguments are overridden where no known one has the sizes
@@ -24,6 +29,7 @@ KINDS: Final[dict[Kind, str]] = {
     "distilled": "distilled VisionTransformer",
     "swin": "SwinTransformer",
 }
+STATED: Final = ("num_heads", "global_pool", "img_size", "act_layer")  # what equal tensors may be used with
 TRAITS: Final = (
     "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "class_token", "reg_tokens", "no_embed_class",
     "layer_scale", "pre_norm", "final_norm", "fc_norm", "pos_embed", "global_pool", "window_size",
@@ -41,16 +47,31 @@ class Inferred:
     """What the network is; `certain` is False where the name only lends its class and not its sizes."""
 
     architecture: Architecture
-    network: Known  # with the name of the architecture
+    in_chans: int
+    img_size: int
+    patch_size: int
+    num_classes: int
     certain: bool
     notes: tuple[str, ...]
+
+    def changed(self, **arguments: int) -> Self:
+        """The same network with other arguments, of those named above."""
+        stated = {**self.architecture.arguments, **arguments}
+        return replace(self, **arguments, architecture=self.architecture.model_copy(update={"arguments": stated}))
 
 
 def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
     """The timm name and arguments of a network; CheckpointError with the way out where something cannot be known."""
+    names = signatures.with_tensors(shapes)
+    if found := _registered(names, shapes, evidence, path):
+        return found
     try:
         measured = measure(shapes, evidence)
     except (CheckpointError, UnsupportedModelError) as error:
+        if names:
+            raise CheckpointError(
+                f"{path} has the tensors of {' and of '.join(names)}, and does not tell how it uses them; say --arch"
+            ) from error
         raise type(error)(f"{path}: {error}") from error
     base, certain, notes = _base(measured, evidence)
     if not measured.num_heads:
@@ -73,7 +94,60 @@ def infer(shapes: Shapes, evidence: Evidence, path: Path) -> Inferred:
         arguments=difference(network, base),
         norm_eps=None if eps == base.norm_eps else eps,
     )
-    return Inferred(architecture, network, certain, (*notes, *act_note))
+    return Inferred(
+        architecture,
+        in_chans=network.in_chans,
+        img_size=network.img_size,
+        patch_size=network.patch_size,
+        num_classes=network.num_classes,
+        certain=certain,
+        notes=(*notes, *act_note),
+    )
+
+
+def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: Path) -> Inferred | None:
+    """The registered network of these tensors; None where the file does not tell which, or contradicts them all."""
+    name, why = _chosen(names, evidence)
+    said: dict[str, JsonValue] = {key: evidence.argument(key)[0] for key in STATED}
+    said["img_size"] = as_size(said["img_size"])
+    stated: dict[str, JsonValue] = {key: value for key, value in said.items() if value is not None}
+    if not name or stated.get("act_layer", "gelu") not in tuple(ACTIVATIONS):
+        return None
+    try:
+        model: Any = build_outline(Architecture(family="", name=name, arguments=stated), path)
+    except CheckpointError:  # timm has no such arguments
+        return None
+    if signatures.tensors(shapes_of(model.state_dict())) != signatures.table()[name].tensors:
+        return None
+    if signatures.behaviour(model) == signatures.table()[name].behaviour:
+        stated = {}
+    size, classes = as_size(model.patch_embed.img_size), classes_of(shapes)
+    if size is None:
+        return None
+    eps, eps_source = evidence.norm_eps
+    own = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    notes = [f"{key} {value}: {evidence.argument(key)[1]}" for key, value in stated.items()]
+    if eps is not None and own != {eps}:
+        notes.append(f"layer norms use epsilon {eps:g}: {eps_source}")
+    found = Inferred(
+        Architecture(family=family_of(model).name, name=name, arguments=stated, norm_eps=None if own == {eps} else eps),
+        in_chans=model.in_chans,
+        img_size=size,
+        patch_size=model.patch_embed.patch_size[0],
+        num_classes=classes,
+        certain=True,
+        notes=(f"architecture {name}: {why}", *notes),
+    )
+    return found if classes == model.num_classes else found.changed(num_classes=classes)
+
+
+def _chosen(names: Sequence[str], evidence: Evidence) -> tuple[str, str]:
+    """The network among those of equal tensors that is named, or any where they are alike, and why; else ("", "")."""
+    said, source = next(iter(evidence.names), ("", ""))
+    if said:
+        return (bare_name(said), f"{source}, and its tensors") if bare_name(said) in names else ("", "")
+    alike = len({signatures.table()[name].behaviour for name in names}) == 1
+    return (names[0], f"its tensors are those of {' and '.join(names)}") if alike else ("", "")
 
 
 def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, ...]]:

@@ -2,19 +2,19 @@
 
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
-import timm.models.swin_transformer
-import timm.models.vision_transformer
 import torch
-from timm.models.swin_transformer import SwinTransformer
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from kcrprune.checkpoints.registry import is_known
 from kcrprune.checkpoints.shapes import DEEPEST
-from kcrprune.containers.contents import Shape, check_memory, some
+from kcrprune.checkpoints.signatures import is_registered
+from kcrprune.containers.contents import Shape, check_memory, shapes_of, some
 from kcrprune.errors import CheckpointError
 from kcrprune.families import build, classifiers
 from kcrprune.plan import Architecture, ChannelPlan
@@ -44,15 +44,15 @@ def load_dense(
     The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
     `new_head` the file has no classifier and the network gets a fresh one.
     """
-    outline = _outline(architecture, path)
+    outline = build_outline(architecture, path)
     try:
         fitted = fit(tensors, outline)
     except UNBUILDABLE as error:  # timm trusts the names and shapes of what it converts
         raise CheckpointError(f"{path} has tensors that timm cannot convert: {str(error)[:200]}") from error
     heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
-    wanted = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    wanted = shapes_of(outline.state_dict())
     expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
-    check_fit(expected, {name: tuple(value.shape) for name, value in fitted.items()}, path)
+    check_fit(expected, shapes_of(fitted), path)
     check_memory(_bytes(outline), path)
     model = build_quietly(architecture)
     model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
@@ -67,12 +67,12 @@ def check_outline(
     Built on the meta device, so a false statement costs nothing.
     """
     _check_statement(architecture, path)
-    outline = _outline(architecture, path)
-    dense = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    outline = build_outline(architecture, path)
+    dense = shapes_of(outline.state_dict())
     check_memory(_bytes(outline), path)
     if plan is not None:
         cut_(outline, plan)
-    cut = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+    cut = shapes_of(outline.state_dict())
     check_fit(cut, shapes, path)
     if shapes.keys() != cut.keys():
         raise CheckpointError(
@@ -85,7 +85,7 @@ def check_outline(
 def _check_statement(architecture: Architecture, path: Path) -> None:
     """CheckpointError for names that would fetch or read something, and for a depth that would take for ever."""
     arguments = architecture.arguments
-    if not is_known(architecture.name) or not arguments.keys() <= ARGUMENTS:
+    if not is_registered(architecture.name) or not arguments.keys() <= ARGUMENTS:
         raise CheckpointError(
             f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
         )
@@ -95,7 +95,7 @@ def _check_statement(architecture: Architecture, path: Path) -> None:
         raise CheckpointError(f"{path} states a depth that cannot be: {str(stated)[:80]}")
 
 
-def _outline(architecture: Architecture, path: Path) -> nn.Module:
+def build_outline(architecture: Architecture, path: Path) -> nn.Module:
     """A network on the meta device, where it takes no memory; CheckpointError for what timm cannot build."""
     try:
         return build_quietly(architecture, device="meta")
@@ -115,9 +115,10 @@ def fit(tensors: Tensors, model: nn.Module) -> Tensors:
     floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
-        if isinstance(model, SwinTransformer):
-            return timm.models.swin_transformer.checkpoint_filter_fn(floats, model)
-        return timm.models.vision_transformer.checkpoint_filter_fn(floats, cast(Any, model), adapt_layer_scale=True)
+        if isinstance(model, VisionTransformer):
+            return vision_transformer.checkpoint_filter_fn(floats, model, adapt_layer_scale=True)
+        convert: Any = import_module(type(model).__module__)  # where timm keeps the conversion of a class
+        return convert.checkpoint_filter_fn(floats, model)
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:
@@ -143,7 +144,7 @@ def _bytes(outline: nn.Module) -> int:
     Buffers count: a Swin's attention masks grow with the image.
     """
     buffers = sum(buffer.numel() for buffer in outline.buffers())
-    return 2 * 4 * (_count({name: tuple(value.shape) for name, value in outline.state_dict().items()}) + buffers)
+    return 2 * 4 * (_count(shapes_of(outline.state_dict())) + buffers)
 
 
 def _count(shapes: Mapping[str, Shape]) -> int:

@@ -8,8 +8,9 @@ from typing import Any, Final
 from kcrprune.checkpoints.layouts import LAYOUTS
 from kcrprune.checkpoints.layouts.base import Layout
 from kcrprune.checkpoints.layouts.refused import REFUSED
-from kcrprune.checkpoints.modules import is_module, state_dict
+from kcrprune.checkpoints.layouts.timm import REGISTERED
 from kcrprune.containers.contents import Contents, TensorRef, some
+from kcrprune.containers.modules import is_module, state_dict
 from kcrprune.errors import CheckpointError, UnsupportedModelError
 
 Refs = Mapping[str, TensorRef]
@@ -69,15 +70,22 @@ def locate(contents: Contents) -> Located:
     for trail, refs in tables.items():
         if len(refs) > MOST_TENSORS:
             raise CheckpointError(f"{contents.path} holds {len(refs)} tensors, more than any network that can be cut")
-        shapes = {name: ref.shape for name, ref in refs.items()}
-        for refused in REFUSED:
-            if refused.matches(shapes):
-                raise UnsupportedModelError(
-                    f"{contents.path} holds a {refused.name}, which cannot be cut: {refused.reason}"
-                )
-        if found := _recognise(trail, refs):
+        found = _recognise(trail, refs)
+        if found is None or found.layout is not REGISTERED:
+            _refuse(contents, refs)
+        if found:
             return found
     raise CheckpointError(_nothing(contents, tables))
+
+
+def _refuse(contents: Contents, refs: Refs) -> None:
+    """UnsupportedModelError for a network that is known and cannot be cut."""
+    shapes = {name: ref.shape for name, ref in refs.items()}
+    for refused in REFUSED:
+        if refused.matches(shapes):
+            raise UnsupportedModelError(
+                f"{contents.path} holds a {refused.name}, which cannot be cut: {refused.reason}"
+            )
 
 
 def _recognise(trail: tuple[str, ...], refs: Refs) -> Located | None:

@@ -27,18 +27,18 @@ class Flags:
 
 def preprocessing_of(inferred: Inferred, evidence: Evidence, flags: Flags) -> Preprocessing:
     """The preprocessing of a dense network, each value from the most trusted source that has it."""
-    network = inferred.network
-    registered = timm.get_pretrained_cfg(network.name)
+    name, channels = inferred.architecture.name, inferred.in_chans
+    registered = timm.get_pretrained_cfg(name)
     values: dict[str, Any] = registered.to_dict() if registered is not None else {}
-    sources = [f"timm's {network.name}" + ("" if inferred.certain else ", assumed: the checkpoint does not say")]
+    sources = [f"timm's {name}" + ("" if inferred.certain else ", assumed: the checkpoint does not say")]
     for clue in reversed(evidence.clues):
-        stated = _usable(clue.preprocessing, network.in_chans)
+        stated = _usable(clue.preprocessing, channels)
         values |= stated
         sources += [clue.source] if stated else []
     base = Preprocessing(
-        input_size=(network.in_chans, network.img_size, network.img_size),
-        mean=_channels(values.get("mean"), network.in_chans, 0.5),
-        std=_channels(values.get("std"), network.in_chans, 0.5),
+        input_size=(channels, inferred.img_size, inferred.img_size),
+        mean=_channels(values.get("mean"), channels, 0.5),
+        std=_channels(values.get("std"), channels, 0.5),
         interpolation=values.get("interpolation") or "bicubic",
         crop_pct=values.get("crop_pct") or 1.0,
         crop_mode=values.get("crop_mode") or "center",

@@ -1,12 +1,10 @@
 """What is known of timm's networks by name: the sizes and traits that their registered arguments give.
 
-The table lies in registry.json, one network a line. `python -m kcrprune.checkpoints.registry` makes it again from the
-installed timm (about a minute) and prints it.
+The table lies in registry.json, one network a line; `python docs/networks.py` writes it from the installed timm.
 """
 
 import json
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -78,11 +76,6 @@ def bare_name(name: str) -> str:
     return name.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def is_known(name: str) -> bool:
-    """True for a name in the table."""
-    return any(row.name == name for row in table())
-
-
 def _measured(name: str) -> Known:
     import timm
 
@@ -98,7 +91,24 @@ def _measured(name: str) -> Known:
         )
     model = timm.create_model(name, pretrained=False, device="meta")
     family_of(model)
+    if not is_plain(model):
+        raise UnsupportedModelError(
+            f"{name} has parts that cannot be told from shapes; a file of its registered sizes opens without --arch"
+        )
     return describe(name, model)
+
+
+def is_plain(model: Any) -> bool:
+    """Whether shapes tell a network: every block of timm's first kind, whose parts the rows below have a word for."""
+    parts = {
+        type(part).__name__
+        for block in model.modules()
+        if hasattr(block, "attn") and hasattr(block, "mlp")
+        for part in (block, block.attn, block.mlp)
+    }
+    plain = ({"Block", "Attention", "Mlp"}, {"SwinTransformerBlock", "WindowAttention", "Mlp"})
+    gated = any(getattr(module, "gate", None) is not None for module in model.modules())
+    return parts in plain and not gated
 
 
 def describe(name: str, model: Any) -> Known:
@@ -163,30 +173,3 @@ def _has(module: Any) -> bool:
 def _from_row(row: dict[str, JsonValue]) -> Known:
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return Known(**cast(Any, values))
-
-
-def _to_row(network: Known) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in fields(Known)}
-    return {key: value for key, value in asdict(network).items() if value != defaults[key]}
-
-
-def regenerate() -> str:
-    """The text of registry.json, made from the installed timm."""
-    import timm
-
-    from kcrprune.families import family_of
-
-    rows = []
-    for module in MODULES:
-        for name in timm.list_models(module=module):
-            model = timm.create_model(name, pretrained=False, device="meta")
-            try:
-                family_of(model)
-            except UnsupportedModelError:
-                continue
-            rows.append(json.dumps(_to_row(describe(name, model))))
-    return "[\n" + ",\n".join(rows) + "\n]\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(regenerate())

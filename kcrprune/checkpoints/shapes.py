@@ -45,7 +45,7 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
         hidden=_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         img_size=grid * patch,
-        num_classes=_classes(shapes),
+        num_classes=classes_of(shapes),
         in_chans=channels,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
         qk_norm="blocks.0.attn.q_norm.weight" in shapes,
@@ -113,7 +113,7 @@ def _measure_swin(shapes: Shapes, evidence: Evidence) -> Known:
         hidden=_shape(shapes, "layers.0.blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         img_size=img_size,
-        num_classes=_classes(shapes),
+        num_classes=classes_of(shapes),
         in_chans=channels,
         window_size=window,
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in shapes,
@@ -157,7 +157,8 @@ def _patch(shapes: Shapes) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _classes(shapes: Shapes) -> int:
+def classes_of(shapes: Shapes) -> int:
+    """Outputs of the classifier, 0 where there is none."""
     found = [shapes[name][0] for name in ("head.weight", "head.fc.weight") if len(shapes.get(name, ())) == 2]
     return found[0] if found else 0
 

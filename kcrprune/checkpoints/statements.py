@@ -6,9 +6,10 @@ from typing import Any, Final
 
 from kcrprune.checkpoints.clues import Clues, as_names, as_size, as_text, believed
 from kcrprune.checkpoints.locate import Located
-from kcrprune.checkpoints.modules import attributes, clues, is_module
-from kcrprune.checkpoints.registry import bare_name, is_known
+from kcrprune.checkpoints.registry import bare_name
+from kcrprune.checkpoints.signatures import is_registered
 from kcrprune.containers.contents import Contents
+from kcrprune.containers.modules import attributes, is_module, parts
 from kcrprune.containers.pickled_calls import Stub
 
 # where training code keeps its options, and what it calls the network
@@ -19,7 +20,7 @@ FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "b
 
 def stated(contents: Contents, located: Located, classes: int) -> tuple[Clues, ...]:
     """What a file states, most trusted first; `classes` is the number of outputs of its head."""
-    found = [clues(module) for module in [_at(contents.tree, located.trail)] if is_module(module)]
+    found = [from_module(module) for module in [_at(contents.tree, located.trail)] if is_module(module)]
     found += [from_timm(statement, source, classes) for source, statement in _statements(contents)]
     found += [from_options(contents.tree)] if isinstance(contents.tree, Mapping) else []
     found += [from_preprocessor(contents.preprocessor)] if contents.preprocessor else []
@@ -27,6 +28,28 @@ def stated(contents: Contents, located: Located, classes: int) -> tuple[Clues, .
     if located.trail == ("model",) and len(contents.tree) == 1:  # how DeiT's authors publish
         found.append(Clues(resembles="deit"))
     return tuple(found)
+
+
+def from_module(module: Stub) -> Clues:
+    """What the attributes of a pickled network say that its shapes do not."""
+    arguments: dict[str, Any] = {}
+    epsilons: list[float] = []
+    heads: set[int] = set()
+    for name, part, _ in parts(module):
+        held = attributes(part)
+        if "decoder" in name:  # of a self-supervised network
+            continue
+        heads |= {held[key] for key in ("num_heads", "num_attention_heads") if type(held.get(key)) is int}
+        if part.name.endswith(".LayerNorm") and isinstance(held.get("eps"), float):
+            epsilons.append(held["eps"])
+        if as_text(held.get("global_pool")):
+            arguments.setdefault("global_pool", held["global_pool"])
+        if name.endswith(("patch_embed.", "patch_embeddings.")):
+            arguments.setdefault("img_size", as_size(held.get("img_size")) or as_size(held.get("image_size")))
+    if len(heads) == 1:
+        arguments["num_heads"] = heads.pop()
+    norm_eps = epsilons[0] if len(set(epsilons)) == 1 else None
+    return Clues(source="the pickled module", arguments=believed(arguments), norm_eps=norm_eps)
 
 
 def from_timm(statement: Mapping[str, Any], source: str, classes: int) -> Clues:
@@ -55,7 +78,9 @@ def from_options(tree: Mapping[str, Any]) -> Clues:
     """The clues among the options that training code stores beside the weights: a name that timm knows, a size."""
     tables = [_table(tree.get(key)) for key in OPTIONS]
     for table in (*tables, tree):
-        name = next((text for key in NAMES if (text := as_text(table.get(key))) and is_known(bare_name(text))), None)
+        name = next(
+            (text for key in NAMES if (text := as_text(table.get(key))) and is_registered(bare_name(text))), None
+        )
         if name:
             arguments = believed(table) | believed(table.get("model_kwargs"))
             return Clues(source="the options of the training", name=bare_name(name), arguments=arguments)

@@ -1,7 +1,8 @@
 """What was found in a file, before any weight is read: named tensors by shape, and what the file says about them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class Contents:
         return sum(file.stat().st_size for file in self.files)
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shape of every tensor by name."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
 def read_all(refs: Mapping[str, TensorRef], limit: int, path: Path) -> dict[str, Tensor]:
     """The tensors themselves.
 
@@ -63,6 +69,16 @@ def read_all(refs: Mapping[str, TensorRef], limit: int, path: Path) -> dict[str,
         )
     check_memory(2 * total, path)  # as they are, and in single precision
     return {name: ref.read() for name, ref in refs.items()}
+
+
+def digest(files: Iterable[Path]) -> str:
+    """The sha256 of some files, one after the other."""
+    total = sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                total.update(block)
+    return total.hexdigest()
 
 
 def check_memory(needed: int, path: Path) -> None:

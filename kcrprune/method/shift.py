@@ -76,8 +76,7 @@ class ExpectedMacs:
         """Adds one constant to all logits (n,), at most `reach` up or down, so that the expected MACs are `target`.
 
         Each round divides the bracket by TRIED and keeps the part in which the target lies; the lower end is taken, so
-        that the budget is not exceeded. After a step of the gates, `reach` is the largest change of a logit: no shift
-        beyond it can be needed, since the cost rises with every logit.
+        that the budget is not exceeded.
         """
         extended = torch.nn.functional.pad(logits.double(), (0, 1), value=float("inf"))  # (n + 1,)
         steps = torch.arange(1, TRIED, dtype=torch.float64, device=logits.device)  # (S,)
@@ -88,6 +87,13 @@ class ExpectedMacs:
             cheap = self._of_probabilities((extended + shifts[:, None]).sigmoid()) <= target - self.rest
             low = torch.addcmul(low, cheap.sum(), width)
         logits += low.to(logits)
+
+    def follow_(self, logits: Tensor, before: Tensor, target: float) -> None:
+        """The shift after a step from `before`, where the expected MACs were `target`: in fewer rounds.
+
+        No shift beyond the largest change of a logit can be needed, since the cost rises with every logit.
+        """
+        self.shift_(logits, target, 1.01 * (logits - before).abs().max() + 1e-6, rounds=5)
 
 
 def _head_gate(group: Group, head: int, gates: Gates, always: int) -> int:

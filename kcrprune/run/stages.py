@@ -79,7 +79,8 @@ SEARCH: Final = Stage(
     name="search",
     reads=(
         *("searches", "search_steps", "search_lr", "search_spread", "search_weight_lr"),
-        *("temperature", "temperature_floor", "target_flops", "axes", "include", "exclude"),
+        *("temperature", "temperature_floor", "target_flops"),
+        *ALLOWED,
         *LOSSES,
         *TRAINING,
     ),

@@ -79,8 +79,9 @@ class Store:
         return Record.model_validate(self._json(key, RECORD))
 
     def result(self, key: Key, codec: Codec[R]) -> R:
-        """What a stage gave."""
-        return codec.unpack(Packed(load_file(self.folder / str(key) / TENSORS), self._json(key, DATA)))
+        """What a stage gave, in memory of its own: sums over a mapped file's may round in another order."""
+        tensors = {name: tensor.clone() for name, tensor in load_file(self.folder / str(key) / TENSORS).items()}
+        return codec.unpack(Packed(tensors, self._json(key, DATA)))
 
     def keep(self, key: Key, packed: Packed, record: Record) -> None:
         """Writes a result; KcrPruneError where the disk does not take it, and then nothing of it is here."""

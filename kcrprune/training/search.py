@@ -93,8 +93,7 @@ def search_(
             figures |= {f"weights_{name}": value for name, value in moved.parts.items()}
         before = gates.logits.detach().clone()
         loss = of_gates.step_(next(gate_batches))
-        reach = 1.01 * (gates.logits.detach() - before).abs().max() + 1e-6
-        expected.shift_(gates.logits.data, budget, reach, rounds=5)
+        expected.follow_(gates.logits.data, before, budget)
         figures["expected_macs"] = expected(gates.logits.detach())[0] / cost.dense
         of_gates.tell_(loss.parts | figures | watch.see_(loss.features))
     for weight in weights:
@@ -118,6 +117,3 @@ def learned_scores(gates: Gates, cost: MacCost, scale: float = 1.0) -> Scores:
     """Logits as scores again: exp(logit / scale) for each MAC of the channel."""
     flat = (gates.logits.double() / scale).exp() * prices(gates, cost).double()
     return gates.by_group(flat.cpu())
-
-
-__all__ = ["Searched", "learned_scores", "search_", "start_logits_"]

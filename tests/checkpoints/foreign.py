@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 import torchvision
 import transformers
@@ -68,6 +69,8 @@ FOUR: dict[str, Any] = {"num_heads": 4}
 T = transformers
 
 FOREIGN = (
+    Foreign("registered ViT", lambda: timm.create_model("test_vit", num_classes=5), ways.safetensors_file, "timm",
+            size=160),
     Foreign("timm ViT", ways.timm_vit(), ways.safetensors_file, "timm ViT", options=TWO),
     Foreign("timm ViT without qkv bias", ways.timm_vit(qkv_bias=False), ways.torch_file(), "timm ViT", options=TWO),
     Foreign("timm ViT with average pool", ways.timm_vit(global_pool="avg"), ways.torch_file(), "timm ViT", options=TWO),

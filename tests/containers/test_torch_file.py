@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kcrprune.artifact.artifact import open_model
-from kcrprune.checkpoints.modules import state_dict
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import check_memory, read_all
+from kcrprune.containers.modules import state_dict
 from kcrprune.errors import CheckpointError
 
 

@@ -161,3 +161,13 @@ def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoi
     assert told.parts == ["load", "save"]
     pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_demo_that_is_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["kcrprune.pipeline.demo"], "EPOCHS", 1)  # the package has a verb of that name
+    for stop_at, made in (("load", ["train the dense network", "load"]), ("measure dense", ["load", "measure dense"])):
+        told = Watch(stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.demo(tmp_path / "demo", told)
+        assert told.parts == made
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"digits", "dense.safetensors", STORE}

@@ -6,6 +6,7 @@ from kcrprune.checkpoints.layouts import huggingface, selfsupervised, timm, torc
 from kcrprune.checkpoints.layouts.base import Layout
 
 LAYOUTS: Final[tuple[Layout, ...]] = (
+    timm.REGISTERED,
     timm.OFFICIAL_SWIN,
     timm.SWIN,
     timm.DISTILLED,

@@ -4,6 +4,7 @@ import torch
 
 from kcrprune.checkpoints.layouts.base import Layout, Shapes, Tensors
 from kcrprune.checkpoints.layouts.renaming import rename
+from kcrprune.checkpoints.signatures import with_tensors
 
 PATCH = "patch_embed.proj.weight"
 
@@ -40,6 +41,11 @@ def _open_clip(tensors: Tensors) -> Tensors:
     return named
 
 
+def _is_registered(shapes: Shapes) -> bool:
+    return bool(with_tensors(shapes))
+
+
+REGISTERED = Layout("timm", PATCH, _is_registered)
 OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin)
 SWIN = Layout("timm Swin", PATCH, _is_swin)
 DISTILLED = Layout("distilled DeiT", PATCH, _is_distilled)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from kcrprune.checkpoints.clues import Clues, as_size, as_text, believed
 from kcrprune.containers.contents import TensorRef
 from kcrprune.containers.pickled_calls import Stub
 from kcrprune.errors import CheckpointError
@@ -31,13 +30,13 @@ def state_dict(module: Stub) -> dict[str, TensorRef]:
     """The tensors of a pickled module under the names of its state dict."""
     return {
         name + key: value
-        for name, _, own in _walk(module)
+        for name, _, own in parts(module)
         for key, value in own.items()
         if isinstance(value, TensorRef)
     }
 
 
-def _walk(module: Stub) -> Iterator[tuple[str, Stub, Mapping[str, Any]]]:
+def parts(module: Stub) -> Iterator[tuple[str, Stub, Mapping[str, Any]]]:
     """Every module with its dotted name ("" for the whole, else with a dot behind) and what it holds itself."""
     waiting: list[tuple[str, Stub]] = [("", module)]
     seen = 0
@@ -63,25 +62,3 @@ def _tables(part: Stub) -> list[Mapping[Any, Any]]:
         names = {name for name in transient if isinstance(name, str)}
         tables[2] = {key: value for key, value in tables[2].items() if key not in names}
     return [table for table in tables if isinstance(table, dict)]
-
-
-def clues(module: Stub) -> Clues:
-    """What the attributes of a pickled network say that its shapes do not."""
-    arguments: dict[str, Any] = {}
-    epsilons: list[float] = []
-    heads: set[int] = set()
-    for name, part, _ in _walk(module):
-        held = attributes(part)
-        if "decoder" in name:  # of a self-supervised network
-            continue
-        heads |= {held[key] for key in ("num_heads", "num_attention_heads") if type(held.get(key)) is int}
-        if part.name.endswith(".LayerNorm") and isinstance(held.get("eps"), float):
-            epsilons.append(held["eps"])
-        if as_text(held.get("global_pool")):
-            arguments.setdefault("global_pool", held["global_pool"])
-        if name.endswith(("patch_embed.", "patch_embeddings.")):
-            arguments.setdefault("img_size", as_size(held.get("img_size")) or as_size(held.get("image_size")))
-    if len(heads) == 1:
-        arguments["num_heads"] = heads.pop()
-    norm_eps = epsilons[0] if len(set(epsilons)) == 1 else None
-    return Clues(source="the pickled module", arguments=believed(arguments), norm_eps=norm_eps)
