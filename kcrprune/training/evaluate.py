@@ -132,7 +132,7 @@ def _same(logits: Tensor, others: Tensor) -> Tensor:
             f"the network has {logits.shape[1]} classes and the reference {others.shape[1]}; only networks of the same "
             "classes can be compared"
         )
-    return (logits.argmax(dim=1) == others.to(logits.device, non_blocking=True).argmax(dim=1)).sum()
+    return (logits.argmax(dim=1) == others.to(logits.device).argmax(dim=1)).sum()
 
 
 @contextmanager
