@@ -9,7 +9,7 @@ What the rules are (those of CUDA):
 - a tensor without dimensions may come from the CPU, as may indices, which are then moved;
 - values that are read (float, bool, tolist), sizes that follow from values (nonzero, a mask as an index), and
   factorisations that are checked make the host wait;
-- so does whatever goes down, and what goes up unless it was moved with `non_blocking`;
+- so does what goes down, and what goes up unless it is moved with `non_blocking`, which nothing that goes down may be;
 - a generator of the CPU draws nothing on the device.
 """
 
@@ -56,25 +56,25 @@ class Counts:
 
 
 class Pretended(Tensor):
-    """A tensor that claims to be on the device; `inner` is what it holds, on the CPU."""
+    """A tensor that claims to be on the device; `held` is what it holds, on the CPU."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Pretended":
+    def __new__(cls, held: Tensor) -> "Pretended":
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
             device=DEVICE,
         )
-        made.inner = inner
+        made.held = held
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Pretended({self.inner})"
+        return f"Pretended({self.held})"
 
     def tolist(self) -> Any:
         """The values, over the CPU; torch's own refuses subclasses."""
@@ -104,7 +104,7 @@ class _Machine(TorchDispatchMode):
             self._watch(name, args, kwargs, tensors, there=there)
         if kwargs.get("device") and there:
             kwargs = kwargs | {"device": torch.device("cpu")}
-        result = func(*_each(args, _inner), **{key: _each(value, _inner) for key, value in kwargs.items()})
+        result = func(*_each(args, _held), **{key: _each(value, _held) for key, value in kwargs.items()})
         if name.endswith("_"):  # in place
             return args[0]
         return _each(result, Pretended) if there else result
@@ -115,7 +115,11 @@ class _Machine(TorchDispatchMode):
         if name in MOVES:
             if there == bool(strangers):  # from one side to the other
                 blocking = not (kwargs.get("non_blocking") or args[2:3] == (True,))
-                self._note(self.counts.up if there else self.counts.down, waits=blocking or not there)
+                if not there and not blocking:
+                    raise DeviceError(
+                        f"{name} goes down and is not waited for, at {_place()}: it may be read too early"
+                    )
+                self._note(self.counts.up if there else self.counts.down, waits=blocking)
             return
         if strangers and not (name in INDEXED and all(tensor is not args[0] for tensor in strangers)):
             raise DeviceError(f"{name} mixes tensors of the device and of the CPU, at {_place()}")
@@ -163,8 +167,8 @@ def _is_ours(device: Any) -> bool:
     return torch.device(device).type == DEVICE.type
 
 
-def _inner(tensor: Tensor) -> Tensor:
-    return tensor.inner if isinstance(tensor, Pretended) else tensor
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, Pretended) else tensor
 
 
 def _each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
