@@ -84,12 +84,13 @@ class SlimEva(SlimAttention, EvaAttention):
         return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self.rotate_half)], dim=2)
 
     def _kept(self, rope: Tensor) -> Tensor:
+        assert self.kept_heads is not None
         assert self.channels is not None
         halves = rope.chunk(2, dim=-1)  # sines and cosines, (N, d) or (dense h, N, d)
         if rope.ndim == 2:
             return torch.cat([half[:, self.channels].transpose(0, 1) for half in halves], dim=-1)
         index = self.channels[:, None].expand(-1, rope.shape[-2], -1)
-        return torch.cat([half[..., self.kept_heads, :, :].gather(-1, index) for half in halves], dim=-1)
+        return torch.cat([half.index_select(-3, self.kept_heads).gather(-1, index) for half in halves], dim=-1)
 
 
 def _with_biases(attention: Any, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class SlimAttention(nn.Module):
     proj_drop: nn.Module
     query_dim: int
     value_dim: int
-    kept_heads: tuple[int, ...]  # of the dense ones
+    kept_heads: Tensor | None  # (h,) of the dense ones; None: all
     channels: Tensor | None  # (h, query_dim) the dense channels of q and k; None: all
     query_gate: Callable[[], Tensor] | None  # (h * query_dim,), or one for each image in a first dimension
 
@@ -40,15 +40,16 @@ class SlimAttention(nn.Module):
             slim.__dict__[shared] = copy.copy(dense.__dict__[shared])
         slim.__class__ = cls
         slim.query_dim = slim.value_dim = slim.proj.in_features // slim.num_heads
-        slim.kept_heads, slim.query_gate = tuple(range(slim.num_heads)), None
-        slim.register_buffer("channels", None, persistent=False)
+        slim.query_gate = None
+        for name in ("kept_heads", "channels"):
+            slim.register_buffer(name, None, persistent=False)
         return slim
 
     def narrow_(self, heads: Sequence[int], query: Sequence[Sequence[int]], value_dim: int) -> None:
         """Takes note of what was kept: the channels of q and k of each head, and how many of v."""
-        self.kept_heads = tuple(heads)
         self.num_heads, self.query_dim, self.value_dim = len(heads), len(query[0]), value_dim
-        self.channels = torch.tensor(query, device=self.proj.weight.device)
+        device = self.proj.weight.device
+        self.kept_heads, self.channels = torch.tensor(heads, device=device), torch.tensor(query, device=device)
 
     def by_head(self, x: Tensor) -> Tensor:
         """(B, N, h * d) to (B, h, N, d)."""

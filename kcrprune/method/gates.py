@@ -52,7 +52,7 @@ class Gates:
 
         `noise` (n,) is uniform in 0..1, and e1 - e0 of two Gumbel(0, 1) is Logistic(0, 1).
         """
-        uniform = noise.clamp(1e-6, 1 - 1e-6).to(self.logits)
+        uniform = noise.clamp(1e-6, 1 - 1e-6).to(self.logits, non_blocking=True)
         self.value = ((self.logits + uniform.log() - (-uniform).log1p()) / temperature).sigmoid()
 
     def harden_(self, mask: Tensor) -> None:
@@ -61,7 +61,7 @@ class Gates:
 
     def open_per_image_(self, images: int) -> None:
         """Sets value = ones (B, n), a leaf whose gradient tells what each gate means to each image."""
-        self.value = torch.ones(images, *self.logits.shape).to(self.logits).requires_grad_(True)
+        self.value = self.logits.new_ones(images, len(self.logits)).requires_grad_(True)
 
 
 def _shaped(group: Group, flat: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class Innovations:
         lasting = order.flip(0)
         factor = torch.linalg.cholesky(_lifted(covariance)[lasting][:, lasting])
         unit = factor / factor.diagonal()  # lower triangular with ones: x - mean = unit innovations
-        inverse = torch.linalg.solve_triangular(unit, torch.eye(len(unit)).to(unit), upper=False)
+        inverse = torch.linalg.solve_triangular(
+            unit, torch.eye(len(unit), dtype=unit.dtype, device=unit.device), upper=False
+        )
         analysis, synthesis = torch.zeros_like(unit), torch.zeros_like(unit)
         analysis[lasting[:, None], lasting] = inverse
         synthesis[lasting[:, None], lasting] = unit
@@ -55,8 +57,8 @@ def elimination_order(weight: Tensor, covariance: Tensor, curvature: Tensor, *, 
     order = []
     while len(state.left):
         cheapest = state.costs().argsort()
-        groups = group[state.left][cheapest]
-        chosen = torch.cat([cheapest[groups == head][:together] for head in range(heads)])
+        by_head = cheapest[group[state.left][cheapest].argsort(stable=True)].view(heads, -1)
+        chosen = by_head[:, :together].flatten()
         order.append(state.left[chosen])
         state.give_up_(chosen)
     return torch.cat(order)
@@ -76,9 +78,10 @@ class _Elimination:
 
     def give_up_(self, chosen: Tensor) -> None:
         """Takes inputs out at once; the weights of the others make up for them as well as they can."""
-        share = self.inverse[:, chosen] @ torch.linalg.inv(self.inverse[chosen][:, chosen])  # (inputs left, chosen)
-        stay = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
-        stay[chosen] = False
+        inverse = torch.linalg.inv_ex(self.inverse[chosen][:, chosen]).inverse  # `inv` waits to see that there is one
+        share = self.inverse[:, chosen] @ inverse  # (inputs left, chosen)
+        goes = torch.zeros_like(self.left).index_fill(0, chosen, 1)
+        stay = goes.argsort(stable=True)[: len(goes) - len(chosen)]  # a mask would wait for how many there are
         self.weight = (self.weight - self.weight[:, chosen] @ share.T)[:, stay]
         self.priced = (self.priced - self.priced[:, chosen] @ share.T)[:, stay]
         self.inverse = (self.inverse - share @ self.inverse[chosen])[stay][:, stay]

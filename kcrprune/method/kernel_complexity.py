@@ -74,6 +74,7 @@ def kernel_complexity(spectrum: Tensor, images: int) -> KernelComplexity:
 
     `spectrum` is descending and holds the eigenvalues of K / n that are not zero for sure.
     """
+    spectrum = spectrum.cpu()  # at once: what follows reads it number by number
     trace = float(spectrum.sum())
     shares = spectrum / trace if trace > 0 else spectrum
     kc, h = _smallest_bound(spectrum, images)

@@ -75,7 +75,7 @@ class Objective:
             parts["labels"] = F.cross_entropy(output, labels, ignore_index=UNLABELLED, label_smoothing=self.smoothing)
         if self.use_dense:
             with torch.no_grad():
-                wanted = self.dense(images).to(output)
+                wanted = self.dense(images).to(output, non_blocking=True)
             distance = logit_distance if classifiers(model) else feature_distance
             parts["distill"] = distance(output, wanted, self.temperature)
         return parts

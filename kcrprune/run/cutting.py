@@ -126,7 +126,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             context.accelerator,
             pool.parts.training.from_step(0),
             pool.parts.held_out,
-            reference.seen,
+            reference.seen(context.device),
             steps=steps,
             listener=context.listener,
         )

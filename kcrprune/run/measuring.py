@@ -1,5 +1,6 @@
 """The stage that measures the dense network, and how any network of a run is measured."""
 
+import torch
 from torch import Tensor
 
 from kcrprune.measure.report import Accuracy, KernelFigures
@@ -21,10 +22,9 @@ class Reference(Result):
     products: Tensor  # F^T F (d, d)
     images: int
 
-    @property
-    def seen(self) -> Covariance:
-        """The covariance of the features."""
-        return Covariance(self.products, self.images)
+    def seen(self, device: torch.device) -> Covariance:
+        """The covariance of the features, where the features of its users are."""
+        return Covariance(self.products.to(device), self.images)
 
     def replayed(self, network: Network) -> Remembered:
         """The dense network, which need not run again on the evaluation images."""

@@ -186,7 +186,7 @@ def search(
             context.accelerator,
             pool.parts.weights.from_step(0),
             pool.parts.gates.from_step(0),
-            reference.seen,
+            reference.seen(context.device),
             steps=steps,
             listener=context.listener,
         )

@@ -89,7 +89,7 @@ def head_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable[Te
                 seen.setdefault(half[0].owner, []).append(see)
     with _all_watched(model, seen):
         for images in batches:
-            model(images.to(device))
+            model(images.to(device, non_blocking=True))
     for found in moments.values():
         found.sum_over_processes_()
     return moments

@@ -89,10 +89,11 @@ def _moved(masked: nn.Module, expected: Tensor, images: Tensor, noisy: Rows, zer
     before = []
     for rows, amount in ((noisy, 1.0), (zero, 0.0)):
         for slot, index in rows:
+            places = torch.tensor(index, dtype=torch.long, device=images.device)
             for tensor in _written(masked, slot):
-                places = torch.tensor(index, dtype=torch.long, device=tensor.device)
                 before.append((tensor, places, tensor[places].clone()))
-                tensor[places] = amount * torch.randn(len(index), *tensor.shape[1:], generator=random).to(tensor)
+                noise = torch.randn(len(index), *tensor.shape[1:], generator=random)
+                tensor[places] = amount * noise.to(tensor, non_blocking=True)
     distance = float((masked(images) - expected).abs().max())
     for tensor, places, values in reversed(before):
         tensor[places] = values

@@ -178,15 +178,15 @@ def harden_(gates: Gates, plan: ChannelPlan) -> None:
 def plan_mask(gates: Gates, plan: ChannelPlan) -> Tensor:
     """(n,) ones where a plan keeps a gate's channels."""
     entries = {kept.key: kept for kept in plan.groups}
-    mask = torch.zeros_like(gates.logits)
+    mask = torch.zeros(gates.logits.shape)
     for group, part in gates:
         kept = entries[group.site, "attn_value" if group.axis == "heads" else group.axis]
         if group.axis == "heads":
             mask[part][list(kept.kept_heads)] = 1
             continue
-        by_channel = torch.zeros(group.heads, group.width, device=mask.device, dtype=mask.dtype)
+        by_channel = torch.zeros(group.heads, group.width)
         for head, channels in zip(kept.kept_heads, kept.channels, strict=True):
             by_channel[head, list(channels)] = 1
         units = [group.channels([unit])[0] for unit in range(group.units)]
         mask[part] = by_channel[:, units].flatten()
-    return mask
+    return mask.to(gates.logits)

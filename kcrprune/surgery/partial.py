@@ -127,6 +127,24 @@ def as_branch_sees(model: nn.Module, norm: str, site: str, x: Tensor, of: Callab
         hook.remove()
 
 
-def real_tokens(model: nn.Module, norm: str, site: str, x: Tensor) -> Tensor:
-    """Which of the tokens that a branch sees, flattened over images and windows, are no padding of windows."""
-    return as_branch_sees(model, norm, site, x, torch.ones_like).flatten(0, -2)[:, 0] > 0
+@dataclass(frozen=True)
+class RealTokens:
+    """Which of the tokens that a branch sees of an image, flattened over its windows, are no padding."""
+
+    places: Tensor  # of them among all
+    seen: int  # tokens of an image, padding included
+
+    @property
+    def all(self) -> bool:
+        """Whether there is no padding."""
+        return len(self.places) == self.seen
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Those among the tokens (images * seen, C) of some images."""
+        return tokens.unflatten(0, (-1, self.seen)).index_select(1, self.places).flatten(0, 1)
+
+
+def real_tokens(model: nn.Module, norm: str, site: str, image: Tensor) -> RealTokens:
+    """Those of one image (1, ...)."""
+    marks = as_branch_sees(model, norm, site, image, torch.ones_like).flatten(0, -2)[:, 0]
+    return RealTokens(marks.nonzero().squeeze(1), len(marks))

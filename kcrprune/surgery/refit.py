@@ -11,7 +11,7 @@ The closed form is that of optimal brain surgeon and its descendants (ZipLM, Sli
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from kcrprune.method.sums import Sums
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.narrow import IndexMap, index_map
-from kcrprune.surgery.partial import Block, as_branch_sees, input_of, read_by, real_tokens, walk
+from kcrprune.surgery.partial import Block, RealTokens, as_branch_sees, input_of, read_by, real_tokens, walk
 from kcrprune.surgery.swap import linear_at
 
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
@@ -57,10 +57,10 @@ class NormalEquations(Sums):
         e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
         this data never grow.
         """
-        e = ridge * float(self.gram.diagonal()[:-1].mean()) + 1e-12
-        penalty = torch.full_like(self.gram.diagonal(), e)
-        penalty[-1] = 1e-6 * e if bias else 1e9 * float(self.gram.trace())  # free, or held at zero
-        return torch.linalg.solve(self.gram + torch.diag(penalty), self.cross).T
+        e = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
+        penalty = e.repeat(len(self.gram))
+        penalty[-1] = 1e-6 * e if bias else 1e9 * self.gram.trace()  # free, or held at zero
+        return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it
 
 
 @torch.no_grad()
@@ -72,6 +72,7 @@ def refit_(
     batches: Sequence[Tensor],
     *,
     ridge: float = 1e-3,
+    keep: torch.device | None = None,
     fit_block: FitBlock | None = None,
     on_block: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
@@ -79,15 +80,19 @@ def refit_(
 
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
-    block, and may bring the block as a whole nearer to the dense stream. Memory: two residual streams of all images.
+    block, and may bring the block as a whole nearer to the dense stream. Memory: two residual streams of all images, on
+    the device `keep`; None: on that of the networks.
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
-    steps = walk(dense, blocks, batches[0][:1].to(device))
+    steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
     kept = index_map(dense, groups, plan)
+    rows = _rows(kept, device)
     whole = _Pair(dense, pruned, ridge, device)
-    dense_streams = [input_of(dense, steps[0].block, images.to(device)).cpu() for images in batches]
-    cut_streams = [input_of(pruned, steps[0].block, images.to(device)).cpu() for images in batches]
+    dense_streams, cut_streams = [], []
+    for images in _moved(batches, device):
+        dense_streams.append(input_of(dense, steps[0].block, images).to(keep or device))
+        cut_streams.append(input_of(pruned, steps[0].block, images).to(keep or device))
     touched = {name.rpartition(".")[0] for name in kept}
     cut = False
     for done, step in enumerate(steps, start=1):
@@ -98,14 +103,15 @@ def refit_(
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
         if cut:
             here = [group for group in groups if group.block == step.block]
-            _refit_block_(pair, _fits(dense, step.block, here, kept), dense_streams, cut_streams, fit_block)
+            _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
     if cut:
         names = {module: name for name, module in pruned.named_modules()}
         for classifier in classifiers(pruned):
-            whole.refit_reader_(names[classifier], batches, batches, strength=CLASSIFIER_RIDGE)
+            pairs = ((images, images) for images in _moved(batches, device))
+            whole.refit_reader_(names[classifier], pairs, strength=CLASSIFIER_RIDGE)
     return pruned
 
 
@@ -114,14 +120,14 @@ class _Fit:
     """One linear of a block: what of its dense outputs it keeps, and which stream it brings back; names in a Block."""
 
     name: str
-    rows: list[int] | None
+    rows: Tensor | None
     site: str = ""
     before: str | None = None  # the norm that the branch reads the stream through; None: fit to its own dense output
     behind: str | None = None  # the next norm, whose input is the stream with the branch; None: the block's output
     scale: str | None = None
 
 
-def _fits(dense: nn.Module, block: str, groups: Sequence[Group], kept: IndexMap) -> Iterator[_Fit]:
+def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[str, Tensor]) -> Iterator[_Fit]:
     """The linears of one block in the order of the forward pass: of each branch its writers, then its readers."""
 
     def inside(name: str | None) -> str | None:
@@ -134,7 +140,7 @@ def _fits(dense: nn.Module, block: str, groups: Sequence[Group], kept: IndexMap)
         for owner in dict.fromkeys([*writers, *readers]):
             if not isinstance(owner_of(dense, owner), nn.Linear):
                 continue
-            fit = _Fit(f"inside{owner.removeprefix(block)}", kept.get(f"{owner}.weight", {}).get(0))
+            fit = _Fit(f"inside{owner.removeprefix(block)}", rows.get(f"{owner}.weight"))
             if group := readers.get(owner):
                 fit = replace(
                     fit,
@@ -163,7 +169,7 @@ class _Pair:
     def equal(self) -> bool:
         """No weight differs; for modules of the same shapes."""
         weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
-        return all(torch.equal(ours, theirs) for ours, theirs in weights)
+        return not torch.stack([(ours != theirs).any() for ours, theirs in weights]).any()
 
     def advance_(self, dense_streams: Streams, cut_streams: Streams) -> None:
         """Moves both streams behind the module, batch by batch in place."""
@@ -173,28 +179,29 @@ class _Pair:
     def refit_entry_(self, dense_streams: Streams, cut_streams: Streams, *, cut: bool) -> None:
         """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
         for name in [name for name, module in self.cut.named_modules() if cut and isinstance(module, nn.Linear)]:
-            self.refit_reader_(name, dense_streams, cut_streams)
+            self.refit_reader_(name, zip(dense_streams, cut_streams, strict=True))
         self.advance_(dense_streams, cut_streams)
 
     def refit_reader_(
         self,
         name: str,
-        dense_in: Sequence[Tensor],
-        cut_in: Sequence[Tensor],
+        inputs: Iterable[tuple[Tensor, Tensor]],
         *,
-        rows: Sequence[int] | None = None,
+        rows: Tensor | None = None,
         strength: float = 1.0,
     ) -> None:
         """Fits the linear `name` to what it puts out in the dense module; `strength` multiplies the ridge.
 
-        `rows` are the dense outputs that the cut left to it; None is all of them.
+        `inputs` are those of the dense module and of the cut one, batch by batch. `rows` are the dense outputs that the
+        cut left to it; None is all of them.
         """
         linear = linear_at(self.cut, name)
         sums = NormalEquations.for_linear(linear)
-        for dense_x, cut_x in zip(dense_in, cut_in, strict=True):
-            z = read_by(self.cut, name, cut_x.to(self.device)).flatten(0, -2)
+        for pair in inputs:
+            dense_x, cut_x = _moved(pair, self.device)
+            z = read_by(self.cut, name, cut_x).flatten(0, -2)
             own = linear_at(self.dense, name)
-            y = nn.functional.linear(read_by(self.dense, name, dense_x.to(self.device)), own.weight, own.bias)
+            y = nn.functional.linear(read_by(self.dense, name, dense_x), own.weight, own.bias)
             sums.add_(linear, z, _taken(y.flatten(0, -2), rows))
         _correct_(linear, sums, strength * self.ridge)
 
@@ -206,30 +213,31 @@ class _Pair:
         assert fit.before is not None
         linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
         sums = NormalEquations.for_linear(linear)
-        reordered = self._reorders(fit, cut_in[0][:1].to(self.device))
-        for dense_stream, cut_stream in zip(dense_streams, cut_in, strict=True):
-            stream, target = cut_stream.to(self.device), dense_stream.to(self.device)
+        real = self._reordered(fit, cut_in[0][:1].to(self.device))
+        for pair in zip(dense_streams, cut_in, strict=True):
+            target, stream = _moved(pair, self.device)
             if fit.behind is not None:
                 target = input_of(self.dense, fit.behind, target)
             z = read_by(self.cut, fit.name, stream).flatten(0, -2)
             before = input_of(self.cut, fit.before, stream)
             wanted = target.view_as(before) - before
-            if reordered:
-                real = real_tokens(self.cut, fit.before, fit.site, stream)
+            if real is not None:
                 wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
-                wanted, z = wanted.flatten(0, -2)[real], z[real]
+                wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
             sums.add_(linear, z, _taken((wanted / gamma).flatten(0, -2), fit.rows))
         _correct_(linear, sums, self.ridge)
 
-    def _reorders(self, fit: _Fit, stream: Tensor) -> bool:
-        """Whether a branch sees the tokens of the stream in another order (windows), or others beside them."""
+    def _reordered(self, fit: _Fit, stream: Tensor) -> RealTokens | None:
+        """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
         assert fit.before is not None
 
         def places(of: Tensor) -> Tensor:
             return torch.arange(of.numel(), device=of.device).view_as(of).to(of.dtype)
 
         seen = as_branch_sees(self.cut, fit.before, fit.site, stream, places)
-        return not torch.equal(seen.flatten(), places(seen).flatten())
+        if torch.equal(seen.flatten(), places(seen).flatten()):
+            return None
+        return real_tokens(self.cut, fit.before, fit.site, stream)
 
     def _layer_scale(self, name: str | None) -> Tensor:
         """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
@@ -253,7 +261,7 @@ def _refit_block_(
     fits = list(fits)
     for fit in fits:
         if fit.before is None:
-            pair.refit_reader_(fit.name, dense_streams, cut_streams, rows=fit.rows)
+            pair.refit_reader_(fit.name, zip(dense_streams, cut_streams, strict=True), rows=fit.rows)
         elif fit.behind is not None:
             pair.refit_to_stream_(fit, dense_streams, cut_streams)
     _advance_(pair.dense, dense_streams, pair.device)
@@ -265,13 +273,24 @@ def _refit_block_(
     _advance_(pair.cut, cut_streams, pair.device)
 
 
-def _taken(tokens: Tensor, channels: Sequence[int] | None) -> Tensor:
-    return tokens if channels is None else tokens[:, torch.tensor(channels, device=tokens.device)]
+def _rows(kept: IndexMap, device: torch.device) -> dict[str, Tensor]:
+    """Which rows are kept of the tensors that lose some; all of them are moved at once."""
+    rows = {name: dims[0] for name, dims in kept.items() if 0 in dims}
+    every = torch.tensor([row for of_one in rows.values() for row in of_one], dtype=torch.long, device=device)
+    return dict(zip(rows, every.split([len(of_one) for of_one in rows.values()]), strict=True))
+
+
+def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    return (tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def _taken(tokens: Tensor, channels: Tensor | None) -> Tensor:
+    return tokens if channels is None else tokens.index_select(1, channels)
 
 
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
     for index, stream in enumerate(streams):
-        streams[index] = module(stream.to(device)).cpu()
+        streams[index] = module(stream.to(device, non_blocking=True)).to(stream.device)
 
 
 def _correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:

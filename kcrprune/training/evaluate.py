@@ -96,7 +96,7 @@ class _Totals:
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
                 f"{self.classes - 1}); name the right data, or map its classes with --class-map"
             )
-        known = labels.clamp_min(UNLABELLED).to(logits.device)
+        known = labels.clamp_min(UNLABELLED).to(logits.device, non_blocking=True)
         ranked = logits.topk(min(5, self.classes)).indices == known[:, None]  # (batch, 5)
         self.first += ranked[:, 0].sum()
         self.among_five += ranked.sum()
@@ -121,7 +121,7 @@ def _logits(predict: Predict, images: Tensor) -> Tensor:
     """(batch, classes) in float32, where the network is."""
     network: object = predict
     if isinstance(network, nn.Module):
-        images = images.to(next(network.parameters(), images).device)
+        images = images.to(next(network.parameters(), images).device, non_blocking=True)
     return predict(images).float()
 
 

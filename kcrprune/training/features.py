@@ -23,7 +23,7 @@ def feature_covariance(
     device = next(model.parameters()).device
     with tap(model) as seen:
         for images in batches:
-            model(images.to(device))
+            model(images.to(device, non_blocking=True))
             features = seen.take()
             covariance = covariance or Covariance.empty(features.shape[1], features.device)
             covariance.add_(features)

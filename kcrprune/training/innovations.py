@@ -15,7 +15,7 @@ from kcrprune.families.observed import watching
 from kcrprune.method.innovations import Innovations, elimination_order
 from kcrprune.method.sums import Sums
 from kcrprune.plan import PER_HEAD
-from kcrprune.surgery.partial import real_tokens
+from kcrprune.surgery.partial import RealTokens, real_tokens
 from kcrprune.surgery.swap import linear_at
 from kcrprune.training.scores import sampled_loss
 
@@ -33,11 +33,11 @@ class LinearSums(Sums):
 class LinearMoments:
     """The sums of one linear over the tokens of all images, in float64.
 
-    `real` (n of one image,) says which tokens are no window padding. Inputs are taken from a point near their mean, so
+    `real` says which tokens are no window padding. Inputs are taken from a point near their mean, so
     that a large mean costs the covariance no digits.
     """
 
-    def __init__(self, linear: nn.Linear, real: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, real: RealTokens | None = None) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
         inputs, outputs = linear.in_features, linear.out_features
         self.sums = LinearSums(zeros(inputs), zeros(inputs, inputs), zeros(outputs, outputs))
@@ -49,7 +49,7 @@ class LinearMoments:
         """Takes in inputs (..., I), and keeps the output for its gradient."""
         x = inputs.detach().flatten(0, -2)  # (n, I)
         if self.real is not None:
-            x = x[self.real.repeat(len(x) // len(self.real))]
+            x = self.real.of(x)
         if self.origin is None:
             self.origin = x.mean(0)
         x = x - self.origin
@@ -97,7 +97,7 @@ def innovations_of(
     wanted = refitted_readers(open_)
     if not wanted:
         return {}
-    image = batches[0][:1].to(next(model.parameters()).device)
+    image = batches[0][:1].to(next(model.parameters()).device, non_blocking=True)
     moments = {
         name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()
     }
@@ -118,7 +118,7 @@ def _gather_(
     device = next(model.parameters()).device
     with watching(model, {name: sums.see_inputs for name, sums in moments.items()}):
         for batch in batches:
-            loss = sampled_loss(model, model(batch.to(device)).float(), generator)
+            loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator)
             outputs = [sums.output for sums in moments.values() if sums.output is not None]
             for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, outputs), strict=True):
                 sums.see_gradient(gradient)
@@ -126,9 +126,9 @@ def _gather_(
 
 
 @torch.no_grad()
-def _real(model: nn.Module, group: Group, image: Tensor) -> Tensor | None:
+def _real(model: nn.Module, group: Group, image: Tensor) -> RealTokens | None:
     """Which of the tokens of one image that reach a reader are no window padding; None: all."""
     if group.axis not in PER_HEAD or group.stream is None:
         return None
     real = real_tokens(model, group.stream, group.site, image)
-    return None if real.all() else real
+    return None if real.all else real

@@ -46,7 +46,8 @@ class HeldOut:
         total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with evaluating(model):
             for inputs, labels in self.batches:
-                loss = self.objective(model, inputs.to(self.device), labels.to(self.device))
+                moved = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels))
+                loss = self.objective(model, *moved)
                 total += loss.total * len(inputs)
                 images += len(inputs)
         return float(total) / max(1, images)

@@ -58,7 +58,8 @@ class Reconstruction:
 def stream_error(block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> float:
     """Sum of the squared differences of `block(before)` and `target`."""
     device = next(block.parameters()).device
-    errors = [(block(x.to(device)) - y.to(device)).square().sum() for x, y in zip(before, target, strict=True)]
+    moved = ([tensor.to(device, non_blocking=True) for tensor in pair] for pair in zip(before, target, strict=True))
+    errors = [(block(x) - y).square().sum() for x, y in moved]
     return float(torch.stack(errors).double().sum())
 
 

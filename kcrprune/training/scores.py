@@ -36,7 +36,7 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     squares = SquaredGradients(torch.zeros_like(gates.logits, dtype=torch.float64))
     for batch in batches:
         gates.open_per_image_(len(batch))
-        loss = sampled_loss(model, model(batch.to(device)).float(), generator)
+        loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator)
         [gradient] = torch.autograd.grad(loss, [gates.value])  # (B, n)
         squares.total += gradient.square().sum(0)
         squares.images += len(batch)
@@ -52,10 +52,10 @@ def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -
     with unit Gaussian noise, whose squared gradients are those of the squared error.
     """
     if not classifiers(model):
-        noise = torch.randn(output.shape, generator=generator).to(output)
+        noise = torch.randn(output.shape, generator=generator).to(output, non_blocking=True)
         return (output * noise).sum()
     drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-    return F.cross_entropy(output, drawn.to(output.device), reduction="sum")
+    return F.cross_entropy(output, drawn.to(output.device, non_blocking=True), reduction="sum")
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def magnitude_scores(model: nn.Module, gates: Gates, groups: Sequence[Group]) ->
         else:
             units = [group.channels([unit]) for unit in range(group.units)]
             by_head = _magnitudes(model, group).view(group.heads, -1)
-            scores.append(torch.stack([by_head[:, list(unit)].sum(1) for unit in units], dim=1).flatten())
+            scores.append(by_head[:, torch.tensor(units, device=by_head.device)].sum(2).flatten())
     return _scores(gates, torch.cat(scores))
 
 

@@ -44,7 +44,7 @@ class Training:
 
     def step_(self, batch: Batch) -> Loss:
         """Moves what the optimiser holds by one batch; nothing here waits for the device."""
-        batch = batch[0].to(self.device), batch[1].to(self.device)
+        batch = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
         while (loss := self._gradients_(batch)) is None:
             self._halve_(len(batch[0]))
         norm = nn.utils.clip_grad_norm_(self._learned(), self.clip_grad)

@@ -30,7 +30,7 @@ def seen_by(model: nn.Module, group: Group, images: Tensor) -> Tensor:
     x = read_by(model, group.readers[0].owner, images).flatten(0, -2)
     if group.axis != "attn_value" or group.stream is None:
         return x
-    return x[real_tokens(model, group.stream, group.site, images)]
+    return real_tokens(model, group.stream, group.site, images[:1]).of(x)
 
 
 @pytest.mark.parametrize("axes", [AXES, ("mlp_io", "mlp_hidden", "heads"), ("attn_query",)])
