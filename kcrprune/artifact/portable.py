@@ -104,6 +104,8 @@ def timm_arguments(architecture: Architecture, plan: ChannelPlan | None) -> dict
             "timm has arguments for a cut of mlp_hidden alone; cut with --axes mlp_hidden, or export a .pt2"
         )
     ratios = [_ratio(hidden, plan) for hidden in _stages(plan)]
+    if architecture.family != "swin" and len(set(ratios)) > 1:
+        raise ExportError("timm wants one MLP ratio for all stages of this network; export a .pt2 or ONNX file")
     arguments["mlp_ratio"] = list(ratios) if architecture.family == "swin" else ratios[0]
     return arguments
 
@@ -123,5 +125,5 @@ def _ratio(hidden: list[Kept], plan: ChannelPlan) -> float:
         raise ExportError(
             f"timm wants one MLP width for these blocks, the plan has {sorted(widths)}; export a .pt2 or ONNX file"
         )
-    stream = next(kept.width for kept in plan.groups if kept.key == (hidden[0].site, "mlp_io"))
-    return mlp_ratio(widths.pop(), stream)
+    beside = {kept.axis: kept.heads * kept.width for kept in plan.groups if kept.block == hidden[0].block}
+    return mlp_ratio(widths.pop(), beside.get("mlp_io", beside["attn_value"]))

@@ -121,7 +121,7 @@ def test_one_flipped_bit_in_the_weights_is_noticed(tiny_vit, tmp_path, place):
 def test_a_newer_format_says_how_to_read_it(tiny_vit, tmp_path):
     path = tmp_path / "model.safetensors"
     save(path, tiny_vit)
-    with pytest.raises(CheckpointError, match=r"format 99 and this kcrprune reads up to 1; .*pip install -U"):
+    with pytest.raises(CheckpointError, match=r"format 99 and this kcrprune reads up to 2; .*pip install -U"):
         open_model(rewritten(path, lambda contract: contract.update(format=99)))
 
 
@@ -140,7 +140,7 @@ def test_a_newer_format_says_how_to_read_it(tiny_vit, tmp_path):
         lambda contract: contract["architecture"]["arguments"].update(num_heads=7),
         lambda contract: contract["architecture"]["arguments"].update(act_layer="os.system"),
         lambda contract: contract["architecture"]["arguments"].update(img_size=[10**6, 10**6]),
-        lambda contract: contract["plan"]["blocks"].pop(),
+        lambda contract: contract["plan"]["groups"].pop(),
         lambda contract: contract.update(plan=None),
         lambda contract: contract["preprocessing"].update(mean="grey"),
         lambda contract: contract.update(content_hash="0" * 64),

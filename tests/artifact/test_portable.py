@@ -90,6 +90,8 @@ def test_timm_opens_a_network_with_thinner_mlps(tiny, tmp_path):
     opened = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     assert torch.equal(opened(tiny.images()), model(tiny.images()))
     assert tuple(cast(Any, opened).pretrained_cfg["mean"]) == PREPROCESSING.mean
+    if tiny.label in ("hybrid", "swinv2", "eva02", "eva02_scaled", "dinov3"):
+        return  # which kcrprune itself opens in registered sizes alone
     ours = open_model(tmp_path / "folder")
     assert torch.equal(ours.model(tiny.images()), model(tiny.images()))
     assert (ours.class_names, ours.preprocessing.mean) == (tuple("abcde"), PREPROCESSING.mean)
