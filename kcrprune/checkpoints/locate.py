@@ -83,9 +83,7 @@ def _refuse(contents: Contents, refs: Refs) -> None:
     shapes = {name: ref.shape for name, ref in refs.items()}
     for refused in REFUSED:
         if refused.matches(shapes):
-            raise UnsupportedModelError(
-                f"{contents.path} holds a {refused.name}, which cannot be cut: {refused.reason}"
-            )
+            raise UnsupportedModelError(f"{contents.path} holds {refused.sentence()}")
 
 
 def _recognise(trail: tuple[str, ...], refs: Refs) -> Located | None:

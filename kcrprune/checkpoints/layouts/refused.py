@@ -1,4 +1,4 @@
-"""Networks that look like a ViT or a Swin, or are asked for often, and cannot be cut; with the reason."""
+"""Networks that look like a ViT or a Swin, or are asked for often, and do not open from shapes; with the reason."""
 
 import re
 from collections.abc import Callable
@@ -16,6 +16,13 @@ class Refused:
     name: str
     matches: Callable[[Shapes], bool]
     reason: str
+    registered: bool = False  # it opens under timm's names in the sizes that timm registers
+
+    def sentence(self) -> str:
+        """What a file of this kind is answered with."""
+        if self.registered:
+            return f"a {self.name}, which opens under timm's names and in sizes that timm registers alone: {self.reason}"
+        return f"a {self.name}, which cannot be cut: {self.reason}"
 
 
 def _part(*parts: str) -> Callable[[Shapes], bool]:
@@ -41,6 +48,7 @@ REFUSED: Final = (
         "SwinV2",
         _part("attn.logit_scale", "cpb_mlp"),
         "its attention is a cosine with a learned scale and its norms follow the residual branch",
+        registered=True,
     ),
     Refused(
         "SwinV2 of Hugging Face",
@@ -52,26 +60,27 @@ REFUSED: Final = (
         _part("relative_position_bias_table", "lambda_1"),
         "its key has no bias and its attention adds relative positions",
     ),
-    Refused("ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)"),
+    Refused("ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)", registered=True),
     Refused("ViT with SwiGLU (EVA-02)", _part("mlp.w1.", "mlp.w2.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
     Refused(
         "BEiT or EVA",
         _part("attn.q_bias", "attn.v_bias"),
         "its biases of q and v are parameters of their own, and its positions are relative or rotary",
+        registered=True,
     ),
-    Refused("ViT with SwiGLU", _part("mlp.w12.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
+    Refused("ViT with SwiGLU", _part("mlp.w12.", "mlp.w3."), "its MLP is gated (SwiGLU)", registered=True),
     Refused(
         "DINOv2 of Hugging Face with SwiGLU", _part("mlp.weights_in.", "mlp.weights_out."), "its MLP is gated (SwiGLU)"
     ),
-    Refused("ViT with rotary positions", _rotary, "its positions are rotary"),
-    Refused("DINOv3", _part("rope_embed.", "storage_tokens"), "its positions are rotary"),
+    Refused("ViT with rotary positions", _rotary, "its positions are rotary", registered=True),
+    Refused("DINOv3", _part("rope_embed.", "storage_tokens"), "its positions are rotary", registered=True),
     Refused(
         "ViT with parallel branches", _part("blocks.0.attns.0.", "blocks.0.ffns.0."), "its block has parallel branches"
     ),
     Refused("ViT with relative positions", _part("rel_pos"), "its attention adds relative positions"),
     Refused("NaFlexViT", _part("embeds.pos_embed"), "its images have any size and any number of tokens"),
     Refused("Hiera", _hierarchical, "its width grows from block to block"),
-    Refused("hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network"),
+    Refused("hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network", registered=True),
     Refused("CaiT", _part("blocks_token_only.0."), "its last blocks attend from the class token alone"),
     Refused("XCiT", _part("blocks.0.local_mp."), "its attention runs over channels"),
     Refused("ConvNeXt", _part("stages.0.blocks.0.conv_dw."), "it is a convolutional network"),
