@@ -21,7 +21,9 @@ class Refused:
     def sentence(self) -> str:
         """What a file of this kind is answered with."""
         if self.registered:
-            return f"a {self.name}, which opens under timm's names and in sizes that timm registers alone: {self.reason}"
+            return (
+                f"a {self.name}, which opens under timm's names and in sizes that timm registers alone: {self.reason}"
+            )
         return f"a {self.name}, which cannot be cut: {self.reason}"
 
 
@@ -60,7 +62,9 @@ REFUSED: Final = (
         _part("relative_position_bias_table", "lambda_1"),
         "its key has no bias and its attention adds relative positions",
     ),
-    Refused("ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)", registered=True),
+    Refused(
+        "ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)", registered=True
+    ),
     Refused("ViT with SwiGLU (EVA-02)", _part("mlp.w1.", "mlp.w2.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
     Refused(
         "BEiT or EVA",
@@ -80,7 +84,9 @@ REFUSED: Final = (
     Refused("ViT with relative positions", _part("rel_pos"), "its attention adds relative positions"),
     Refused("NaFlexViT", _part("embeds.pos_embed"), "its images have any size and any number of tokens"),
     Refused("Hiera", _hierarchical, "its width grows from block to block"),
-    Refused("hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network", registered=True),
+    Refused(
+        "hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network", registered=True
+    ),
     Refused("CaiT", _part("blocks_token_only.0."), "its last blocks attend from the class token alone"),
     Refused("XCiT", _part("blocks.0.local_mp."), "its attention runs over channels"),
     Refused("ConvNeXt", _part("stages.0.blocks.0.conv_dw."), "it is a convolutional network"),
