@@ -146,5 +146,5 @@ def _contract(path: Path, text: str) -> Contract:
         return Contract.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])[:80]
         raise CheckpointError(f"{path} has damaged kcrprune metadata: {where}: {first['msg']}") from error
