@@ -74,7 +74,7 @@ class Task:
     @property
     def limit(self) -> int:
         """The most MACs that a method may leave."""
-        return int(self.target * self.run.network.macs)
+        return int(self.target * self.run.network.cost.dense)
 
     def macs(self, model: nn.Module) -> int:
         """MACs of one image, by the one counter of all rows."""
@@ -261,7 +261,7 @@ def fastnas(task: Task) -> Pruned:
 
     start = perf_counter()
     dense, image = _unfused(task.run.network.dense), torch.zeros(1, *task.input_size)
-    limit = inference_flops(dense, dummy_input=image, unit=1.0) - 2 * (task.run.network.macs - task.limit)
+    limit = inference_flops(dense, dummy_input=image, unit=1.0) - 2 * (task.run.network.cost.dense - task.limit)
     with torch.no_grad():
         probes = [(batch, dense(batch)) for batch in task.run.pool.parts.scoring[:PROBE_BATCHES]]
 

@@ -84,7 +84,7 @@ class Bench:
 
     def row(self, network: str, target: float, method: str) -> Row:
         """The row with everything that was reached; what ended it is in words."""
-        row = Row(network, target, method, dense_macs=self.run.network.macs)
+        row = Row(network, target, method, dense_macs=self.run.network.cost.dense)
         steps = (
             self._dense()
             if method == DENSE
@@ -100,7 +100,7 @@ class Bench:
     def _dense(self) -> Iterator[Figures]:
         """The dense network's figures; its logits are computed here on all that the other rows will show it."""
         model = self.run.network.dense.eval()
-        yield {"macs": self.run.network.macs, "parameters": count_parameters(model)}
+        yield {"macs": self.run.network.cost.dense, "parameters": count_parameters(model)}
         top1 = 100 * float(self.hits(self.dense).float().mean())
         yield {"top1_before": top1, "top1": top1}
         for batches in (islice(self.run.pool.parts.training, self.protocol.steps), self.run.pool.parts.held_out):
