@@ -102,7 +102,7 @@ class SlimAttention(nn.Module):
 
 @contextmanager
 def kept_widths() -> Iterator[None]:
-    """Attention computes on the widths that were kept, without padding: where MACs are counted, and in graphs."""
+    """Attention computes on the widths that were kept, as it does by itself in traces and exports: no padding."""
     before = SlimAttention.pad
     SlimAttention.pad = False
     try:
