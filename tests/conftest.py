@@ -2,15 +2,18 @@
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from kcrprune import pipeline
+from kcrprune.events import ignore
 from kcrprune.families import Group, build, contract_of, groups_of
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import kept_of
@@ -18,6 +21,7 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
 from kcrprune.plan import AXES, Architecture, Axis, ChannelPlan
 from kcrprune.surgery.gated import add_gates_
+from kcrprune.training.images.generated import GeneratedImages
 
 # One thread: a second brings tiny networks nothing, and where the cores are shared it makes them ten times slower.
 torch.set_num_threads(1)
@@ -96,6 +100,22 @@ TINY = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def painted_once() -> Iterator[None]:
+    """An image is generated once a process and not once a run: 10 ms each were a sixth of the suite."""
+    paint = GeneratedImages.__getitem__
+
+    @cache
+    def kept(count: int, size: tuple[int, int], seed: int, index: int) -> torch.Tensor:
+        return paint(GeneratedImages(count, size, seed), index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            GeneratedImages, "__getitem__", lambda self, index: kept(self.count, self.size, self.seed, index).clone()
+        )
+        yield
+
+
 @pytest.fixture(params=TINY, ids=lambda tiny: tiny.label)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     """Each tiny network in turn."""
@@ -106,6 +126,15 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 def tiny_vit() -> Tiny:
     """The plain tiny ViT, for tests that need only one."""
     return TINY[0]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run (`SHORT`, on the plain tiny ViT), made once; nobody writes into it."""
+    from tests.pipeline.test_compress import SHORT, save
+
+    folder = tmp_path_factory.mktemp("finished")
+    return pipeline.compress(save(TINY[0], folder / "dense.safetensors"), SHORT, folder / "run", ignore).folder
 
 
 def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:

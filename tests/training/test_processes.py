@@ -6,7 +6,7 @@ from typing import Self
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
@@ -64,7 +64,8 @@ def see(rank: int, folder) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    spawn(see, (folder,), nprocs=2)
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares each the import of torch
+    start_processes(see, (folder,), nprocs=2, start_method="fork" if fork else "spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
