@@ -1,8 +1,6 @@
 """The whole path on tiny networks: what a run leaves behind, and that it can be repeated and loaded elsewhere."""
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
