@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -235,7 +235,7 @@ def seen(model: nn.Module, names: set[str], images: torch.Tensor) -> dict[str, t
     modules = {name: model.get_submodule(name) for name in names}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
-    def put(name: str, value: torch.Tensor) -> None:
+    def put(name: str, value: Any) -> None:
         found[name] = value.double()
 
     def told(name: str, linear: nn.Linear, taken: torch.Tensor) -> None:

@@ -4,8 +4,10 @@ A pickle is a program that names functions and calls them. Here a name stays a n
 few that build plain data (ADMITTED) or an inert Stub that remembers what would have been called.
 """
 
+import gc
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -34,17 +36,30 @@ def unpickle(
     """
     machine = _Machine(persistent, {**ADMITTED, **(calls or {})})
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
-            if count >= MOST_OPCODES:
-                raise CheckpointError(f"{what} has more than {MOST_OPCODES} instructions, so it is not read")
-            machine.position = position or 0
-            OPCODES[opcode.name](machine, argument)
+        with _no_collection():  # of a hundred thousand nested lists it would take longer than all the rest
+            for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+                if count >= MOST_OPCODES:
+                    raise CheckpointError(f"{what} has more than {MOST_OPCODES} instructions, so it is not read")
+                machine.position = position or 0
+                OPCODES[opcode.name](machine, argument)
         tree = machine.stack[-1]
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{what} is damaged or no checkpoint: {str(error)[:120]}") from error
     except MemoryError as error:
         raise CheckpointError(f"{what} asks for more memory than there is") from error
     return Unpickled(tree, tuple(sorted(machine.foreign)))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is looked for meanwhile."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Machine:
