@@ -164,6 +164,9 @@ class RunConfig(Frozen):
     seed: NonNegativeInt = Field(default=42, description="Seed of everything random.")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
+    snapshot_minutes: PositiveFloat = Field(
+        default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
+    )
 
     @property
     def ranked_by(self) -> Ranking:

@@ -90,16 +90,16 @@ class Bench:
         taken = self.counts.taken_()
         return len(taken.waits), len(taken.up), len(taken.down)
 
-    def by_step(self) -> tuple[Iterator[tuple[Tensor, Tensor]], list[Counts]]:
+    def by_step(self) -> tuple[Callable[[int], Iterator[tuple[Tensor, Tensor]]], list[Counts]]:
         """Endless batches, and what was counted between each of them and the next."""
         steps: list[Counts] = []
 
-        def told() -> Iterator[tuple[Tensor, Tensor]]:
+        def told(step: int) -> Iterator[tuple[Tensor, Tensor]]:
             for batch in cycle(self.loader()):
                 steps.append(self.counts.taken_())
                 yield batch
 
-        return told(), steps
+        return told, steps
 
 
 @pytest.fixture(params=NETWORKS, ids=lambda tiny: tiny.label)
@@ -218,7 +218,7 @@ def test_a_step_of_the_search_waits_for_nothing(bench: Bench):
         config,
         ON_DEVICE,
         batches,
-        cycle(bench.loader()),
+        lambda step: cycle(bench.loader()),
         feature_covariance(bench.dense, bench.batches(2)),
         steps=STEPS,
         listener=ignore,

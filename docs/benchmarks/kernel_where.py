@@ -191,7 +191,7 @@ class Bench(Workbench):
             objective.kernel_weight /= float(feature_covariance(dense, parts.calibration).matrix.trace())
         start = perf_counter()
         recover_(
-            model, objective, config, accelerator, parts.training.from_step(0), parts.held_out, covariance,
+            model, objective, config, accelerator, parts.training.from_step, parts.held_out, covariance,
             steps=protocol.steps, listener=ignore,
         )  # fmt: skip
         seconds = perf_counter() - start

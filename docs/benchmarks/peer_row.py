@@ -161,7 +161,7 @@ class Bench:
                 objective,
                 config,
                 self.run.context.accelerator,
-                self.run.pool.parts.training.from_step(0),
+                self.run.pool.parts.training.from_step,
                 self.run.pool.parts.held_out,
                 covariance,
                 steps=self.protocol.steps,

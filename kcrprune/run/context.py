@@ -16,11 +16,13 @@ from kcrprune.events import Listener, Note, StageEnded, StageStarted
 from kcrprune.measure.report import StageTime
 from kcrprune.run.machine import peak_memory_mib
 from kcrprune.training.precision import open_accelerator
+from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
 ALL: Final = tuple(RunConfig.model_fields)
 FREE: Final = {  # settings that change no result: a run may go on with others, and any stage may read them
     "recipe": "what it stands for is in the other settings",
     "workers": "who loads the images, not which",
+    "snapshot_minutes": "how much a kill may cost",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
 
@@ -47,6 +49,7 @@ class Context:
     def __post_init__(self) -> None:
         self.device = open_accelerator(self.config.device, self.config.precision).device
         self.settings, self.record = self.config, self.records[""]
+        self.snapshots: Snapshots = NO_SNAPSHOTS  # of the stage that is being made
 
     @property
     def accelerator(self) -> Accelerator:

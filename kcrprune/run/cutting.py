@@ -124,11 +124,12 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             objective_of(context, network, pool),
             settings,
             context.accelerator,
-            pool.parts.training.from_step(0),
+            pool.parts.training.from_step,
             pool.parts.held_out,
             reference.seen(context.device),
             steps=steps,
             listener=context.listener,
+            snapshots=context.snapshots,
         )
     _remember(context, found)
     return Recovery(weights=model.state_dict(), cut=accuracy)

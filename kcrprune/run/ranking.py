@@ -184,11 +184,12 @@ def search(
             objective_of(context, network, pool),
             settings,
             context.accelerator,
-            pool.parts.weights.from_step(0),
-            pool.parts.gates.from_step(0),
+            pool.parts.weights.from_step,
+            pool.parts.gates.from_step,
             reference.seen(context.device),
             steps=steps,
             listener=context.listener,
+            snapshots=context.snapshots,
         )
     remove_gates_(model, gates)
     context.remember("search", found.history)

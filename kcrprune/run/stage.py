@@ -10,7 +10,9 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import KcrPruneError
 from kcrprune.plan import canonical_json
 from kcrprune.run.context import Context, Record
+from kcrprune.run.snapshots import FolderSnapshots
 from kcrprune.run.store import Codec, Key, Store
+from kcrprune.training.snapshots import NO_SNAPSHOTS
 
 R = TypeVar("R")
 
@@ -85,6 +87,7 @@ def execute(
 
 def _made(stage: Stage[R], context: Context, found: Results, store: Store | None, key: Key) -> R:
     """The result of a stage as everything after it sees it; a store that is full costs a warning, not the run."""
+    context.snapshots = NO_SNAPSHOTS if store is None else _snapshots(context, store, key)
     with context.doing(stage.name, stage.reads) as record:
         result = stage.make(context, *(found[name] for name in stage.after))
     if stage.kept is None:
@@ -93,9 +96,14 @@ def _made(stage: Stage[R], context: Context, found: Results, store: Store | None
     if store is not None:
         try:
             store.keep(key, packed, record)
+            store.drop_snapshots(key)
         except KcrPruneError as error:
             context.tell(f"{error}; the run goes on, and would have to make this again if it were stopped", True)
     return stage.kept.unpack(packed)
+
+
+def _snapshots(context: Context, store: Store, key: Key) -> FolderSnapshots:
+    return FolderSnapshots(store.snapshots(key), 60 * context.config.snapshot_minutes, context.tell)
 
 
 def _same(result: R) -> R:

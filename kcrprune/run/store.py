@@ -4,8 +4,11 @@ STORE/NAME-DIGEST/ holds `data.json`, `tensors.safetensors` and `record.json`. N
 """
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, create_model
@@ -18,6 +21,7 @@ from kcrprune.errors import KcrPruneError
 from kcrprune.run.context import Record
 
 DATA, TENSORS, RECORD = "data.json", "tensors.safetensors", "record.json"
+SNAPSHOTS: Final = ".snapshots"  # behind the name of a stage's result: what is kept until it is whole
 PLACE: Final = "$tensor"  # key of what stands in the JSON for a tensor: its name in the file of tensors
 
 R = TypeVar("R")
@@ -79,30 +83,50 @@ class Store:
         return Record.model_validate(self._json(key, RECORD))
 
     def result(self, key: Key, codec: Codec[R]) -> R:
-        """What a stage gave, in memory of its own: sums over a mapped file's may round in another order."""
-        tensors = {name: tensor.clone() for name, tensor in load_file(self.folder / str(key) / TENSORS).items()}
-        return codec.unpack(Packed(tensors, self._json(key, DATA)))
+        """What a stage gave."""
+        return codec.unpack(read_packed(self.folder / str(key)))
 
     def keep(self, key: Key, packed: Packed, record: Record) -> None:
         """Writes a result; KcrPruneError where the disk does not take it, and then nothing of it is here."""
+        write_packed(self.folder / str(key), packed, {RECORD: record.model_dump()})
 
-        def fill(folder: Path) -> None:
-            try:
-                save_file(packed.tensors, folder / TENSORS)
-            except SafetensorError as error:
-                raise KcrPruneError(f"cannot write {self.folder / str(key)}: {error}") from error
-            for name, data in ((DATA, packed.data), (RECORD, record.model_dump())):
-                (folder / name).write_text(json.dumps(data), encoding="utf-8")
+    def snapshots(self, key: Key) -> Path:
+        """The folder for those of a stage that is not whole yet."""
+        return self.folder / f"{key}{SNAPSHOTS}"
 
-        make_folder_atomically(self.folder / str(key), fill)
+    def drop_snapshots(self, key: Key | str = "*") -> None:
+        """Removes those of a stage that is whole now, or all."""
+        for folder in self.folder.glob(f"{key}{SNAPSHOTS}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def drop_tensors(self) -> None:
         """Removes what is large, for a run whose network is saved; what was told and decided stays."""
+        self.drop_snapshots()
         for tensors in self.folder.glob(f"*/{TENSORS}"):
             tensors.unlink()
 
     def _json(self, key: Key, name: str) -> Any:
         return json.loads((self.folder / str(key) / name).read_text(encoding="utf-8"))
+
+
+def read_packed(folder: Path) -> Packed:
+    """What lies in a folder, in memory of its own: sums over a mapped file's may round in another order."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
+    return Packed(tensors, json.loads((folder / DATA).read_text(encoding="utf-8")))
+
+
+def write_packed(path: Path, packed: Packed, beside: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Makes the folder, with further JSON files in it; KcrPruneError where the disk does not take it."""
+
+    def fill(folder: Path) -> None:
+        try:
+            save_file(packed.tensors, folder / TENSORS)
+        except SafetensorError as error:
+            raise KcrPruneError(f"cannot write {path}: {error}") from error
+        for name, data in {DATA: packed.data, **beside}.items():
+            (folder / name).write_text(json.dumps(data), encoding="utf-8")
+
+    make_folder_atomically(path, fill)
 
 
 def _apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

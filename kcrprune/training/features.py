@@ -9,6 +9,7 @@ from kcrprune.errors import DataError
 from kcrprune.families import FeatureTap
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for
 from kcrprune.method.objective import Objective
+from kcrprune.training.snapshots import State
 
 
 @torch.no_grad()
@@ -63,6 +64,17 @@ class KernelWatch:
         if not self.seen.finite:  # the training has diverged, which whoever trains finds out; the last basis stays
             return {"kc": float("nan")}
         return self.renew_()
+
+    def state(self) -> State:
+        """What the next renewal depends on."""
+        return {"seen": vars(self.seen), "steps": self.steps, "basis": self.objective.basis}
+
+    def load_(self, state: State) -> None:
+        """Goes on from a state."""
+        device = self.seen.total.device
+        self.seen = Covariance(state["seen"]["total"].to(device), state["seen"]["images"])
+        self.steps = state["steps"]
+        self.objective.basis = None if state["basis"] is None else state["basis"].to(device)
 
     def renew_(self) -> dict[str, float]:
         """Renews the objective's basis from what was seen, and returns its KC."""

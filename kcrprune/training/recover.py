@@ -1,7 +1,7 @@
 """Recovery: trains the pruned model with its structure fixed, and keeps it where it got better."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import cos, inf, pi
@@ -18,6 +18,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
 from kcrprune.training.features import KernelWatch
 from kcrprune.training.losses import HeldOut
+from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
 from kcrprune.training.step import Training
 
 CHECKS = 4  # how often the held-out loss is looked at
@@ -37,33 +38,77 @@ class Recovered:
     stopped: str | None = None
 
 
+@dataclass
+class _Best:
+    """The weights with the lowest held-out loss so far, the step that they are of, and the first loss."""
+
+    before: float
+    loss: float
+    step: int
+    weights: dict[str, Tensor]
+
+
 def recover_(
     model: nn.Module,
     objective: Objective,
     config: RunConfig,
     accelerator: Accelerator,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
     held_out: DataLoader,
     covariance: Covariance,
     *,
     steps: int,
     listener: Listener,
+    snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> Recovered:
     """Trains `model` for `steps` steps; it ends with the weights that did best on `held_out`, its first ones included.
 
-    Without `config.keep_best` it ends with the last weights. A training that diverges is stopped, and ends with the
-    best of those before.
+    `batches` gives those from a step on. Without `config.keep_best` it ends with the last weights. A training that
+    diverges is stopped, and ends with the best of those before.
 
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
     of 5e-5 and more, hence the small default and the look back.
     """
-    device = accelerator.device
+    training = _training(model, objective, config, accelerator, steps, listener)
+    watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
+    measure, stopped = HeldOut(objective, held_out, accelerator.device), None
+    if (state := snapshots.newest()) is not None:
+        model.load_state_dict(state["weights"])
+        training.load_(state["training"])
+        watch.load_(state["watch"])
+        best = _Best(**state["best"])
+    else:
+        loss = measure.loss(model)
+        best = _Best(loss, loss, 0, copy.deepcopy(model.state_dict()))
+    drawn = batches(training.done)
+    model.train()
+    try:
+        while training.done < steps:
+            loss = training.step_(next(drawn))
+            step = training.done
+            checked = step % max(1, steps // CHECKS) == 0 or step == steps
+            figures = {"held_out": measure.loss(model)} if checked else {}
+            training.tell_(loss.parts | watch.see_(loss.features) | figures)
+            if figures.get("held_out", inf) < best.loss or (step == steps and not config.keep_best):
+                best = _Best(best.before, figures["held_out"], step, copy.deepcopy(model.state_dict()))
+            if training.all_told:
+                snapshots.offer(partial(_state, model, training, watch, best))
+    except DivergedError as error:
+        stopped = str(error)
+    model.load_state_dict(best.weights)
+    model.eval()
+    return Recovered(best.before, best.loss, best.step, training.history, stopped)
+
+
+def _training(
+    model: nn.Module, objective: Objective, config: RunConfig, accelerator: Accelerator, steps: int, listener: Listener
+) -> Training:
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
-    training = Training(
+    return Training(
         "recover",
         partial(objective, model),
         optimizer,
-        device,
+        accelerator.device,
         config.seed,
         steps,
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps)),
@@ -71,24 +116,10 @@ def recover_(
         accelerator.autocast,
         listener,
     )
-    watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    measure = HeldOut(objective, held_out, device)
-    best, best_step = measure.loss(model), 0
-    before, kept, stopped = best, copy.deepcopy(model.state_dict()), None
-    model.train()
-    try:
-        for step in range(1, steps + 1):
-            loss = training.step_(next(batches))
-            checked = step % max(1, steps // CHECKS) == 0 or step == steps
-            figures = {"held_out": measure.loss(model)} if checked else {}
-            training.tell_(loss.parts | watch.see_(loss.features) | figures)
-            if figures.get("held_out", inf) < best or (step == steps and not config.keep_best):
-                best, best_step, kept = figures["held_out"], step, copy.deepcopy(model.state_dict())
-    except DivergedError as error:
-        stopped = str(error)
-    model.load_state_dict(kept)
-    model.eval()
-    return Recovered(before, best, best_step, training.history, stopped)
+
+
+def _state(model: nn.Module, training: Training, watch: KernelWatch, best: _Best) -> State:
+    return {"weights": model.state_dict(), "training": training.state(), "watch": watch.state(), "best": vars(best)}
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

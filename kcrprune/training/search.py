@@ -5,7 +5,7 @@ or lowering that price, and after every step the constant is chosen so that the 
 budget is met at all times, by construction.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,11 +24,12 @@ from kcrprune.method.shift import ExpectedMacs
 from kcrprune.training.features import KernelWatch
 from kcrprune.training.randomness import generator
 from kcrprune.training.scores import prices
+from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
 from kcrprune.training.step import Training
 
 LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,29 @@ class Searched:
 
     scores: Scores
     history: list[dict[str, float]]
+
+
+@dataclass
+class _Sampled:
+    """The loss of a batch under the gates of a step."""
+
+    model: nn.Module
+    gates: Gates
+    objective: Objective
+    config: RunConfig
+    steps: int
+    step: int = 0
+
+    @property
+    def temperature(self) -> float:
+        """It falls from step to step."""
+        return temperature_at(self.step, self.steps, self.config.temperature, self.config.temperature_floor)
+
+    def loss(self, what: str, images: Tensor, labels: Tensor) -> Loss:
+        """Gates are drawn alike for each part of a batch, as a graph serves one backward pass."""
+        draw = generator(self.config.seed, "search", self.step, what)
+        self.gates.sample_(self.temperature, torch.rand(self.gates.logits.shape, generator=draw))
+        return self.objective(self.model, images, labels)
 
 
 def search_(
@@ -53,10 +77,11 @@ def search_(
     *,
     steps: int,
     listener: Listener,
+    snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> Searched:
     """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0.
 
-    `covariance` is that of the dense network's features.
+    Both kinds of batches are given from a step on. `covariance` is that of the dense network's features.
     """
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
@@ -64,12 +89,6 @@ def search_(
     weights = list(model.parameters())
     for weight in weights:
         weight.requires_grad_(config.search_weight_lr > 0)
-
-    def sampled_loss(what: str, images: Tensor, labels: Tensor) -> Loss:
-        """Under this step's gates: drawn alike for each part of a batch, as a graph serves one backward pass."""
-        noise = torch.rand(gates.logits.shape, generator=generator(config.seed, "search", step, what))
-        gates.sample_(temperature, noise)
-        return objective(model, images, labels)
 
     training = partial(
         Training,
@@ -80,25 +99,44 @@ def search_(
         autocast=accelerator.autocast,
         listener=listener,
     )
-    adam = torch.optim.Adam([gates.logits], lr=config.search_lr)
+    sampled = _Sampled(model, gates, objective, config, steps)
     adamw = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
-    of_gates = training("search", partial(sampled_loss, "gates"), adam)
-    of_weights = training("search: weights", partial(sampled_loss, "gates of a weight step"), adamw)
+    of_gates = training("search", partial(sampled.loss, "gates"), torch.optim.Adam([gates.logits], lr=config.search_lr))
+    of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    for step in range(steps):
-        temperature = temperature_at(step, steps, config.temperature, config.temperature_floor)
-        figures: dict[str, Tensor | float] = {"temperature": temperature}
+    learned, parts = [gates.logits, *weights], {"gates": of_gates, "weights": of_weights, "watch": watch}
+    _restore_(learned, parts, snapshots.newest())
+    drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
+    while of_gates.done < steps:
+        sampled.step = of_gates.done
+        figures: dict[str, Tensor | float] = {"temperature": sampled.temperature}
         if config.search_weight_lr > 0:
-            moved = of_weights.step_(next(weight_batches))
+            moved = of_weights.step_(next(drawn_weights))
             figures |= {f"weights_{name}": value for name, value in moved.parts.items()}
         before = gates.logits.detach().clone()
-        loss = of_gates.step_(next(gate_batches))
+        loss = of_gates.step_(next(drawn_gates))
         expected.follow_(gates.logits.data, before, budget)
         figures["expected_macs"] = expected(gates.logits.detach())[0] / cost.dense
         of_gates.tell_(loss.parts | figures | watch.see_(loss.features))
+        if of_gates.all_told:
+            snapshots.offer(partial(_state, learned, parts))
     for weight in weights:
         weight.requires_grad_(True)
     return Searched(learned_scores(gates, cost, scale), of_gates.history)
+
+
+def _state(learned: Sequence[Tensor], parts: Mapping[str, Training | KernelWatch]) -> State:
+    return {"learned": [tensor.detach() for tensor in learned], **{name: part.state() for name, part in parts.items()}}
+
+
+@torch.no_grad()
+def _restore_(learned: Sequence[Tensor], parts: Mapping[str, Training | KernelWatch], state: State | None) -> None:
+    if state is None:
+        return
+    for tensor, value in zip(learned, state["learned"], strict=True):
+        tensor.copy_(value)
+    for name, part in parts.items():
+        part.load_(state[name])
 
 
 @torch.no_grad()

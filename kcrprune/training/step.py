@@ -13,6 +13,7 @@ from kcrprune.errors import ConfigError, DivergedError
 from kcrprune.events import Listener, Note, StepDone, ignore
 from kcrprune.method.objective import Loss
 from kcrprune.training.randomness import seeded
+from kcrprune.training.snapshots import State, load_, state_of
 
 READ_EVERY: Final = {"cpu": 1, "cuda": 10}  # steps; a GPU waits when figures are read, so many are read together
 
@@ -61,6 +62,24 @@ class Training:
             rows, self._unread = _read(self._unread, self.device), []
             for row in rows:
                 self._take_(row)
+
+    def state(self) -> State:
+        """All that the next step depends on, but for what the loss holds."""
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        kept = {"done": self.done, "history": self.history, "part": self._part, "schedule": schedule}
+        return kept | {"optimizer": state_of(self.optimizer)}
+
+    def load_(self, state: State) -> None:
+        """Goes on from a state."""
+        self.done, self.history, self._part = state["done"], state["history"], state["part"]
+        load_(self.optimizer, state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+    @property
+    def all_told(self) -> bool:
+        """Whether every figure so far was read, so that a state has them all."""
+        return not self._unread
 
     def _take_(self, row: dict[str, float]) -> None:
         self.history.append(row)

@@ -32,6 +32,7 @@ SHORT = RunConfig(
     score_images=8,
     workers=0,
     device="cpu",
+    snapshot_minutes=1e-9,
 )
 
 

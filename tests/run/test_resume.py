@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from kcrprune import pipeline
 from kcrprune.errors import KcrPruneError, OutputExistsError
-from kcrprune.events import Note, StageStarted, ignore
+from kcrprune.events import Note, StageStarted, StepDone, ignore
 from kcrprune.run import saving
 from kcrprune.run.folder import RUNS, STORE
 from tests.pipeline.test_compress import SHORT, image_folder, save
@@ -31,12 +32,14 @@ def checkpoint(tiny_vit, tmp_path):
 class Watch(list):
     """Remembers what is told; stops the run when a part begins."""
 
-    def __init__(self, stop_at=None):
-        self.stop_at = stop_at
+    def __init__(self, stop_at=None, step=None):
+        self.stop_at, self.step = stop_at, step
 
     def __call__(self, event):
         self.append(event)
-        if isinstance(event, StageStarted) and event.stage == self.stop_at:
+        begins = isinstance(event, StageStarted) and self.step is None
+        at_step = isinstance(event, StepDone) and event.step == self.step
+        if (begins or at_step) and event.stage == self.stop_at:
             raise KeyboardInterrupt
 
     @property
@@ -53,7 +56,8 @@ def assert_same_run(folder: Path, other: Path):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     reports = [json.loads((run / "report.json").read_text()) for run in (folder, other)]
     for report in reports:
-        report["after"].pop("source")
+        for side in ("before", "after"):
+            report[side].pop("source")
         report["stages"] = [stage["stage"] for stage in report["stages"]]
     assert reports[0] == reports[1]
     decisions = [json.loads((run / "run.json").read_text())["decisions"] for run in (folder, other)]
@@ -80,27 +84,61 @@ def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(chec
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_killed_process_goes_on_where_it_was(checkpoint, tmp_path):
-    command = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(tmp_path / "run")]
+def test_a_long_stage_goes_on_from_its_snapshot(checkpoint, finished, tmp_path):
+    for stage, step in (("search", 2), ("search", 3), ("recover", 3)):
+        told = Watch(stage, step)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
+        assert ("goes on from a snapshot that was kept before" in told.notes) == (step == 3)
+    assert len(list((tmp_path / "run" / STORE).glob("recover-*.snapshots/*"))) == 2
+    last = Watch()
+    pipeline.compress(checkpoint, SHORT, tmp_path / "run", last)
+    assert [event.step for event in last if isinstance(event, StepDone) and event.stage == "recover"] == [3]
+    assert not list((tmp_path / "run" / STORE).glob("*.snapshots"))
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_killed_process_goes_on_where_it_was(checkpoint, finished, tmp_path, kills):
+    """At moments that are truly random, since every moment has to do; the long form kills at any stage."""
+    (tmp_path / "mine.txt").write_text("mine")
+    shutil.copytree(finished, tmp_path / "earlier")
+    before = tree(tmp_path, but="run")
+    delays = [random.Random().uniform(0, 2.0 if kills == 2 else 0.5) for _ in range(kills)]
+    for number, delay in enumerate(delays):
+        kill_after(delay, checkpoint, tmp_path / "run", behind="measure dense: done" if number == 0 else "load: done")
+        assert tree(tmp_path, but="run") == before
+    resumed = subprocess.run(command(checkpoint, tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, f"killed after {delays} s: {resumed.stderr}"
+    assert "continues after: measure dense" in resumed.stderr or "it is shown again" in resumed.stderr
+    assert_same_run(tmp_path / "run", finished)
+    assert not list((tmp_path / "run" / STORE).glob("lock.*"))
+
+
+def command(checkpoint: Path, out: Path) -> list[str]:
+    words = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(out)]
     for name, value in SHORT.model_dump(exclude_defaults=True).items():
-        written = ",".join(value) if isinstance(value, tuple) else str(value)
-        command += [f"--{name.replace('_', '-')}", written]
-    delay = random.Random().uniform(0, 1.5)  # truly at random: every moment has to do
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    return words
+
+
+def kill_after(seconds: float, checkpoint: Path, out: Path, *, behind: str) -> None:
+    """SIGKILL, so long after the run has told that it is `behind` something."""
+    process = subprocess.Popen(command(checkpoint, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("measure dense: done"):
+        if line.startswith(behind):
             break
-    time.sleep(delay)
+    time.sleep(seconds)
     process.kill()
     process.stderr.close()
     process.wait()
-    pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
-    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, f"killed {delay:.3f} s after the dense network was measured: {resumed.stderr}"
-    assert "continues after: measure dense" in resumed.stderr or "it is shown again" in resumed.stderr
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert not list((tmp_path / "run" / STORE).glob("lock.*"))
+
+
+def tree(folder: Path, *, but: str) -> dict[Path, bytes]:
+    """What every file holds."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.relative_to(folder).parts[0] != but}
 
 
 def test_a_changed_setting_makes_again_what_depends_on_it_and_says_so(checkpoint, tmp_path):
@@ -147,7 +185,7 @@ def test_other_images_under_the_same_name_are_other_images(checkpoint, tmp_path)
     assert any("changed since the run was stopped: the images" in note for note in told.notes)
 
 
-def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoint, tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoint, finished, tmp_path, monkeypatch):
     def full(path: Path, text: str):
         raise KcrPruneError(f"cannot write {path}: No space left on device")
 
@@ -159,8 +197,7 @@ def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoi
     told = Watch()
     pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
     assert told.parts == ["load", "save"]
-    pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_a_demo_that_is_stopped_goes_on(tmp_path, monkeypatch):

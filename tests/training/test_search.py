@@ -2,7 +2,9 @@
 
 import copy
 import re
-from itertools import cycle
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,11 @@ def batches(tiny: Tiny, seed: int = 0) -> DataLoader:
     return DataLoader(TensorDataset(tiny.images(12, seed), labels), 4)
 
 
+def from_step(tiny: Tiny, seed: int = 0) -> Callable[[int], Iterator[Any]]:
+    """Those batches again and again, from a step on."""
+    return lambda step: islice(cycle(batches(tiny, seed)), step, None)
+
+
 def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 1000):
     """What a search finds where memory suffices for so many images at once."""
     config = config.model_copy(update={"target_flops": tiny.target})
@@ -56,8 +63,8 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 
         objective,
         config,
         open_accelerator("cpu", "fp32"),
-        cycle(batches(tiny, 1)),
-        cycle(batches(tiny, 2)),
+        from_step(tiny, 1),
+        from_step(tiny, 2),
         feature_covariance(dense, [tiny.images(8)]),
         steps=5,
         listener=events.append,
@@ -193,7 +200,7 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
         objective,
         config,
         open_accelerator("cpu", "fp32"),
-        cycle(batches(tiny)),
+        from_step(tiny),
         batches(tiny, 7),
         feature_covariance(dense, [tiny.images(8)]),
         steps=8,
@@ -220,7 +227,7 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(
         make_objective(config, dense, labelled=True),
         config,
         open_accelerator("cpu", "fp32"),
-        cycle(batches(tiny_vit)),
+        from_step(tiny_vit),
         batches(tiny_vit, 7),
         feature_covariance(dense, [tiny_vit.images(8)]),
         steps=4,
