@@ -2,13 +2,14 @@
 
 from itertools import combinations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kcrprune.method import innovations as module
-from kcrprune.method.innovations import Innovations, elimination_order
+from kcrprune.method.innovations import Innovations, _lifted, elimination_order
 from kcrprune.surgery.gated import GatedLinear
 from kcrprune.surgery.refit import NormalEquations
 
@@ -77,6 +78,39 @@ def test_inputs_may_go_several_at_once(monkeypatch):
     first = elimination_order(linear.weight, covariance(x), curvature)[:3].tolist()  # six in two rounds
     singles = sorted(range(6), key=lambda i: refitted_cost(x, linear, curvature, [i]))
     assert sorted(first) == sorted(singles[:3])
+
+
+@pytest.mark.parametrize("waiting", [1, 7, 192])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("curvature", ["whole", "singular", "zero"])
+def test_downdates_that_wait_leave_the_order_as_it_is(monkeypatch, curvature: str, heads: int, waiting: int):
+    """Ties among inputs that nothing reads go by place in both."""
+    monkeypatch.setattr(module, "ROUNDS", 5)
+    monkeypatch.setattr(module, "WAITING", waiting)
+    x, linear, whole = problem(3, inputs=36, outputs=9)
+    weight = linear.weight.detach()
+    weight[:, [2, 3, 17, 30]] = 0
+    half = whole[:, :4]
+    s = {"whole": whole, "singular": half @ half.T, "zero": 0 * whole}[curvature]
+    order = elimination_order(weight, covariance(x), s, heads=heads)
+    assert order.tolist() == one_after_the_other(weight.double(), _lifted(covariance(x)), s.double(), heads)
+
+
+def one_after_the_other(weight: Tensor, covariance: Tensor, curvature: Tensor, heads: int) -> list[int]:
+    """The order by a new inverse and new weights in every round."""
+    inputs, left = weight.shape[1], list(range(weight.shape[1]))
+    order: list[int] = []
+    together = max(1, inputs // heads // module.ROUNDS)
+    while left:
+        rest = covariance[left][:, left].inverse()
+        kept = weight[:, left] + weight[:, order] @ covariance[order][:, left] @ rest  # what is lost, made up for
+        costs = (kept * (curvature @ kept)).sum(0) / rest.diagonal()
+        by_cost = sorted(range(len(left)), key=lambda place: float(costs[place]))
+        for head in range(heads):
+            of_head = [left[place] for place in by_cost if left[place] // (inputs // heads) == head]
+            order += of_head[:together]
+        left = [index for index in left if index not in order]
+    return order
 
 
 @MANY
