@@ -139,8 +139,8 @@ def test_closing_gates_along_the_order_is_cutting_and_refitting(seed: int, count
     cut = nn.Linear(len(kept), 4)
     cut.weight.copy_(linear.weight[:, kept])
     cut.bias.copy_(linear.bias)
-    sums = NormalEquations.for_linear(cut)
-    sums.add_(cut, x[:, kept], linear(x))
+    sums = NormalEquations.empty(len(kept), 4, x.device)
+    sums.add_(x[:, kept], linear(x) - cut(x[:, kept]))
     change = sums.correction(1e-9, bias=True).float()
     refitted = cut(x[:, kept]) + x[:, kept] @ change[:, :-1].T + change[:, -1]
     corrected = (cut(x[:, kept]) - refitted).norm()  # what the refit has done
