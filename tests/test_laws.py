@@ -21,7 +21,8 @@ from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import balance_, balancing, head_moments, rotates
 from kcrprune.surgery.gated import harden_, plan_mask, remove_gates_
 from kcrprune.surgery.narrow import cut_, expand_, full_plan, index_map
-from kcrprune.surgery.refit import NormalEquations, refit_
+from kcrprune.surgery.normal_equations import NormalEquations
+from kcrprune.surgery.refit import refit_
 from tests.conftest import TINY, Tiny, cost_of, gated, random_plan, relative_error
 
 SEEDS = st.integers(0, 2**16)

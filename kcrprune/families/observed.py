@@ -21,7 +21,7 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 class Watch(TorchFunctionMode):
     """Calls `see` with input and output whenever a linear product uses one of some weights."""
 
-    def __init__(self, watched: Mapping[Tensor, See]) -> None:
+    def __init__(self, watched: Mapping[Tensor, Callable[..., None]]) -> None:
         super().__init__()
         self.by_id = {id(weight): see for weight, see in watched.items()}
 
@@ -32,7 +32,7 @@ class Watch(TorchFunctionMode):
             see(args[0], result)
         return result
 
-    def watching(self, func: Any, args: Any, kwargs: Any) -> See | None:
+    def watching(self, func: Any, args: Any, kwargs: Any) -> Callable[..., None] | None:
         """What wants to see this call."""
         if func not in (F.linear, F.conv2d):
             return None

@@ -13,77 +13,33 @@ Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, classifiers, owner_of
-from kcrprune.method.sums import Sums
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.narrow import IndexMap, index_map
+from kcrprune.surgery.normal_equations import NormalEquations, correct_
 from kcrprune.surgery.partial import (
     Block,
     RealTokens,
-    Replay,
     as_branch_sees,
     from_behind,
     input_of,
-    output_of,
     read_by,
     real_tokens,
     seen_in,
     walk,
 )
-from kcrprune.surgery.swap import linear_at, swap_
+from kcrprune.surgery.replayed import Replayed
+from kcrprune.surgery.swap import linear_at
 
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
-
-
-@dataclass
-class NormalEquations(Sums):
-    """Sums over tokens that a ridge regression needs, in float64, for inputs with a column of ones appended."""
-
-    gram: Tensor  # (I + 1, I + 1)
-    cross: Tensor  # (I + 1, O), inputs times residuals: what is missing from the outputs
-
-    @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
-        """No tokens yet."""
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        return cls(zeros(inputs + 1, inputs + 1), zeros(inputs + 1, outputs))
-
-    def add_(self, z: Tensor, residual: Tensor) -> None:
-        """Takes in tokens: inputs z (n, I), residuals (n, O)."""
-        ones = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        self.gram += (ones.T @ ones).double()
-        self.cross += (ones.T @ residual).double()
-
-    def behind(self, wanted: nn.Linear, linear: nn.Linear, rows: Tensor | None) -> "NormalEquations":
-        """Those of `linear` where the residuals so far are how far its inputs z are from those of `wanted`.
-
-        With x the inputs of `wanted` and V, c its weight and bias, of which `rows` are taken, its outputs are nearer by
-        V x + c - (W z + b) = V (x - z) + (V - W) z + c - b.
-        """
-        theirs = [tensor.double() if rows is None else tensor.double()[rows] for tensor in _with_bias(wanted)]
-        changes = [v - w.double() for v, w in zip(theirs, _with_bias(linear), strict=True)]
-        change = torch.cat([changes[0], changes[1][:, None]], dim=1)  # (O, I + 1)
-        return NormalEquations(self.gram, self.cross @ theirs[0].T + self.gram @ change.T)
-
-    def correction(self, ridge: float, *, bias: bool) -> Tensor:
-        """The change of (W, b) that minimises squared residuals plus e times its own square, (O, I + 1).
-
-        e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
-        this data never grow.
-        """
-        e = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
-        penalty = e.repeat(len(self.gram))
-        penalty[-1] = 1e-6 * e if bias else 1e9 * self.gram.trace()  # free, or held at zero
-        return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it
 
 
 @torch.no_grad()
@@ -238,7 +194,7 @@ class _Pair:
         for pair in pairs:
             x, z = (tensor.flatten(0, -2) for tensor in pair)
             sums.add_(z, x - z if whole else _taken(x, rows) - nn.functional.linear(z, linear.weight, linear.bias))
-        _correct_(linear, sums.behind(wanted, linear, rows) if whole else sums, strength * self.ridge)
+        correct_(linear, sums.behind(wanted, linear, rows) if whole else sums, strength * self.ridge)
 
     def reads_all(self, name: str) -> bool:
         """Whether the cut took no inputs from a linear."""
@@ -267,7 +223,7 @@ class _Pair:
                     of_all.append(nn.functional.linear(tensor, own.weight, own.bias).to(stream.device))
         return found
 
-    def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: "_Streams") -> None:
+    def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: Replayed) -> None:
         """Fits a linear that writes to the stream to what brings the stream behind it to the dense one, `targets`."""
         assert fit.before is not None
         linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
@@ -282,7 +238,7 @@ class _Pair:
                 wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
             wanted = _taken((wanted / gamma).flatten(0, -2), fit.rows)
             sums.add_(z, wanted - nn.functional.linear(z, linear.weight, linear.bias))
-        _correct_(linear, sums, self.ridge)
+        correct_(linear, sums, self.ridge)
 
     def _reordered(self, fit: _Fit, stream: Tensor) -> RealTokens | None:
         """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
@@ -304,50 +260,6 @@ class _Pair:
         return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
 
 
-class _Streams:
-    """The streams before a cut block, batch by batch on its device, for what runs on them.
-
-    Branches whose linears are all fitted run once more; after that their outputs stand in for them.
-    """
-
-    def __init__(self, block: nn.Module, streams: Streams, device: torch.device) -> None:
-        self.block, self.streams, self.device = block, streams, device
-        self.branches: dict[str, nn.Module] = {}  # those that are replayed, by name
-        self.replays: dict[str, Replay] = {}
-        self.outputs: dict[str, Streams] = {}
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for index, stream in enumerate(self.streams):
-            for name, replay in self.replays.items():
-                replay.now = self.outputs[name][index].to(self.device, non_blocking=True)
-            yield stream.to(self.device, non_blocking=True)
-
-    def one(self) -> Tensor:
-        """That of the first image (1, ...)."""
-        stream = next(iter(self))
-        for replay in self.replays.values():
-            replay.now = replay.now[: len(replay.now) // len(stream)]  # windows of an image lie in adjacent rows
-        return stream[:1]
-
-    def replay_(self, name: str) -> None:
-        """From here on the branch `name` is not run."""
-        keep = self.streams[0].device
-        self.outputs[name] = [output_of(self.block, name, stream).to(keep) for stream in self]
-        self.replays[name] = Replay()
-        self.branches[name] = swap_(self.block, name, self.replays[name])
-
-    def return_(self) -> None:
-        """Puts the branches back."""
-        for name, branch in self.branches.items():
-            swap_(self.block, name, branch)
-        self.branches, self.replays, self.outputs = {}, {}, {}
-
-    def advance_(self) -> None:
-        """Moves the streams behind the block, in place."""
-        for index, stream in enumerate(self):
-            self.streams[index] = self.block(stream).to(self.streams[index].device)
-
-
 def _refit_block_(
     pair: _Pair,
     fits: Iterable[_Fit],
@@ -360,7 +272,7 @@ def _refit_block_(
     What makes keys and values is fitted on the padding of windows too.
     """
     fits = list(fits)
-    targets, cut_in = pair.targets_(fits, dense_streams), _Streams(pair.cut, cut_streams, pair.device)
+    targets, cut_in = pair.targets_(fits, dense_streams), Replayed(pair.cut, cut_streams, pair.device)
     last = [fit for fit in fits if fit.before is not None and fit.behind is None]  # of a block
     for fit in [fit for fit in fits if fit not in last] + last:
         if fit.before is None:
@@ -397,15 +309,3 @@ def _taken(tokens: Tensor, channels: Tensor | None) -> Tensor:
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
     for index, stream in enumerate(streams):
         streams[index] = module(stream.to(device, non_blocking=True)).to(stream.device)
-
-
-def _with_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight = linear.weight
-    return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-
-
-def _correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
-    change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
-    linear.weight.add_(change[:, :-1].to(linear.weight))
-    if linear.bias is not None:
-        linear.bias.add_(change[:, -1].to(linear.bias))

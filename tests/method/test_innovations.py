@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kcrprune.method import innovations as module
 from kcrprune.method.innovations import Innovations, _lifted, elimination_order
+from kcrprune.method.sums import gram
 from kcrprune.surgery.gated import GatedLinear
-from kcrprune.surgery.refit import NormalEquations
+from kcrprune.surgery.normal_equations import NormalEquations
 
 SEEDS = st.integers(0, 2**16)
 MANY = settings(max_examples=10, deadline=None, derandomize=True)
@@ -161,3 +162,9 @@ class Fixed(nn.Module):
 
     def forward(self) -> Tensor:
         return self.value
+
+
+@pytest.mark.parametrize("size", [3, 512, 1030])
+def test_a_gram_matrix_in_parts_is_the_product(size: int):
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
