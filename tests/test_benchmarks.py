@@ -34,6 +34,8 @@ def scripts(monkeypatch):
         "kernel_term",
         "kernel_where",
         "moves",
+        "order",
+        "passes",
         "peer_methods",
         "peer_row",
         "peer_table",
@@ -330,6 +332,16 @@ def test_a_gate_step_is_timed_beside_a_dense_one():
     name, *times, frozen, gated = row("deit", repeats=1)
     assert (name, len(times)) == ("deit", 3)
     assert 0 < float(frozen.split()[0]) < 2 * float(gated.split()[0])
+
+
+def test_the_course_of_a_cut_is_timed_in_passes():
+    from passes import Course  # type: ignore[import-not-found]
+
+    course = Course("deit", images=8)
+    course.run_(target=0.7)
+    passes = {stage: float(count) for stage, count, *_ in course.rows()}
+    assert passes["plain"] + passes["plain again"] == pytest.approx(2, abs=0.02)
+    assert passes["refit"] < passes["refit and one epoch"]
 
 
 def kernel_row(seed, weight, **figures):

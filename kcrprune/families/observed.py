@@ -21,18 +21,22 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 class Watch(TorchFunctionMode):
     """Calls `see` with input and output whenever a linear product uses one of some weights."""
 
-    def __init__(self, watched: Mapping[Tensor, See]) -> None:
+    def __init__(self, watched: Mapping[Tensor, Callable[..., None]]) -> None:
         super().__init__()
         self.by_id = {id(weight): see for weight, see in watched.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call itself, seen where it is a product with a watched weight."""
         result = func(*args, **(kwargs or {}))
-        if func in (F.linear, F.conv2d):
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            if see := self.by_id.get(id(weight)):
-                see(args[0], result)
+        if see := self.watching(func, args, kwargs or {}):
+            see(args[0], result)
         return result
+
+    def watching(self, func: Any, args: Any, kwargs: Any) -> Callable[..., None] | None:
+        """What wants to see this call."""
+        if func not in (F.linear, F.conv2d):
+            return None
+        return self.by_id.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
 
 
 class ReachedError(Exception):
@@ -43,6 +47,20 @@ class ReachedError(Exception):
 def watching(model: nn.Module, seen: Mapping[str, See]) -> Iterator[None]:
     """Watches linears of a model by name for the time of the block."""
     with Watch({model.get_submodule(name).weight: see for name, see in seen.items()}):  # type: ignore[misc]
+        yield
+
+
+class _Reading(Watch):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if see := self.watching(func, args, kwargs or {}):
+            see(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reading(model: nn.Module, seen: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Watches what linears of a model read, by name, for the time of the block; each is told before it computes."""
+    with _Reading({model.get_submodule(name).weight: see for name, see in seen.items()}):  # type: ignore[misc]
         yield
 
 

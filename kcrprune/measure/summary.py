@@ -92,11 +92,23 @@ def _width(block: BlockWidths, axis: Axis) -> str:
 
 
 def stage_table(stages: Sequence[StageTime]) -> Table:
-    """How long each stage took and how much memory the process had needed by its end."""
-    rows = [(stage.stage, tables.duration(stage.seconds), _memory(stage.peak_memory_mib)) for stage in stages]
+    """How long each stage took, what of it is passes and what algebra, and how much memory was needed by its end."""
+    rows = [
+        (
+            stage.stage,
+            tables.duration(stage.seconds),
+            ABSENT if stage.passes is None else f"{stage.passes:.1f}",
+            tables.duration(stage.algebra_seconds) if stage.algebra_seconds else ABSENT,
+            _memory(stage.peak_memory_mib),
+        )
+        for stage in stages
+    ]
     peaks = [stage.peak_memory_mib for stage in stages if stage.peak_memory_mib is not None]
-    total = ("all", tables.duration(sum(stage.seconds for stage in stages)), _memory(max(peaks, default=None)))
-    return Table("Stages", ("stage", "time", "peak memory so far"), (*rows, total))
+    seconds, algebra = sum(stage.seconds for stage in stages), sum(stage.algebra_seconds for stage in stages)
+    memory = _memory(max(peaks, default=None))
+    total = ("all", tables.duration(seconds), "", tables.duration(algebra) if algebra else ABSENT, memory)
+    header = ("stage", "time", "passes of the dense network", "algebra", "peak memory so far")
+    return Table("Stages", header, (*rows, total))
 
 
 def _memory(mebibytes: float | None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 RIDGE = 1e-4  # share of its own variance that is added to each input's, so that inverses of G stay in bounds
 ROUNDS = 128  # about as many rounds as a large linear's inputs are given up in
+WAITING = 192  # inputs, about, whose downdates are made together
 
 
 @dataclass(frozen=True)
@@ -50,42 +51,79 @@ def elimination_order(weight: Tensor, covariance: Tensor, curvature: Tensor, *, 
     Grosse, 2015). Of several heads, whose inputs lie side by side, each gives up as many inputs a round as the others,
     because all heads of a block keep the same number. From 2 * ROUNDS inputs of a head on, several go at once.
     """
-    state = _Elimination(weight.double(), _lifted(covariance), curvature.double())
-    size = weight.shape[1] // heads
-    group = torch.arange(weight.shape[1], device=weight.device) // size
-    together = max(1, size // ROUNDS)
+    state = _Elimination(weight.double(), _lifted(covariance), curvature.double(), heads)
+    together = max(1, weight.shape[1] // heads // ROUNDS) * heads
     order = []
     while len(state.left):
-        cheapest = state.costs().argsort()
-        by_head = cheapest[group[state.left][cheapest].argsort(stable=True)].view(heads, -1)
-        chosen = by_head[:, :together].flatten()
-        order.append(state.left[chosen])
-        state.give_up_(chosen)
+        order.append(state.give_up_(together, rounds=max(1, WAITING // together)))
     return torch.cat(order)
 
 
 class _Elimination:
-    """Weight, its product with the curvature, and the inverse covariance of the inputs that are left."""
+    """What is known of the inputs that are left, a row each: the inverse covariance, the weight, and S W beside it.
 
-    def __init__(self, weight: Tensor, covariance: Tensor, curvature: Tensor) -> None:
-        self.weight, self.priced = weight, curvature @ weight  # (O, I)
-        self.inverse = torch.linalg.inv(covariance)  # (I, I)
-        self.left = torch.arange(weight.shape[1], device=weight.device)
+    An input that goes changes all rows by a multiple of its own. Few rows at a time are slow to subtract, so those of
+    several rounds wait; until then they are subtracted from the rows that the next round looks at alone (as in a
+    pivoted Cholesky factorisation in blocks).
+    """
 
-    def costs(self) -> Tensor:
-        """What giving up each input alone would cost, (inputs left,)."""
-        return (self.weight * self.priced).sum(0) / (2 * self.inverse.diagonal())
+    def __init__(self, weight: Tensor, covariance: Tensor, curvature: Tensor, heads: int) -> None:
+        outputs, inputs = weight.shape
+        self.outputs, self.heads = outputs, heads
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))  # (I, I)
+        self.weights = torch.cat([weight, curvature @ weight]).T.contiguous()  # (I, 2 O)
+        self.left = torch.arange(inputs, device=weight.device)
+        self.head = self.left // (inputs // heads)
 
-    def give_up_(self, chosen: Tensor) -> None:
-        """Takes inputs out at once; the weights of the others make up for them as well as they can."""
-        inverse = torch.linalg.inv_ex(self.inverse[chosen][:, chosen]).inverse  # `inv` waits to see that there is one
-        share = self.inverse[:, chosen] @ inverse  # (inputs left, chosen)
-        goes = torch.zeros_like(self.left).index_fill(0, chosen, 1)
-        stay = goes.argsort(stable=True)[: len(goes) - len(chosen)]  # a mask would wait for how many there are
-        self.weight = (self.weight - self.weight[:, chosen] @ share.T)[:, stay]
-        self.priced = (self.priced - self.priced[:, chosen] @ share.T)[:, stay]
-        self.inverse = (self.inverse - share @ self.inverse[chosen])[stay][:, stay]
-        self.left = self.left[stay]
+    def give_up_(self, together: int, rounds: int) -> Tensor:
+        """Takes inputs out, `together` a round; the weights of the others make up for them as well as they can."""
+        left, outputs = len(self.left), self.outputs
+        gone = min(together * rounds, left)
+        shares, lost = self.inverse.new_empty(gone, left), self.inverse.new_empty(gone, 2 * outputs)
+        worth = (self.weights[:, :outputs] * self.weights[:, outputs:]).sum(1)  # w^T S w of each
+        spread = self.inverse.diagonal().clone()
+        places = []
+        for start in range(0, gone, together):
+            end = min(start + together, gone)
+            chosen = self._cheapest(worth / spread, end - start)
+            places.append(chosen)
+            rows, weights = self.inverse.index_select(0, chosen), self.weights.index_select(0, chosen)
+            if start > 0:
+                waiting = shares[:start].index_select(1, chosen).T
+                rows.addmm_(waiting, shares[:start], alpha=-1)
+                weights.addmm_(waiting, lost[:start], alpha=-1)
+            factor = torch.linalg.cholesky_ex(rows.index_select(1, chosen)).L  # `cholesky` waits to see that it is one
+            share = torch.linalg.solve_triangular(factor, rows, upper=False)
+            weights = torch.linalg.solve_triangular(factor, weights, upper=False)
+            shares[start:end], lost[start:end] = share, weights
+            half = weights[:, :outputs]
+            change = half @ self.weights[:, outputs:].T  # with S W as it was before the waiting rows, and these
+            waiting = torch.cat([lost[:start, outputs:], weights[:, outputs:] / 2])
+            change.addmm_(half @ waiting.T, shares[:end], alpha=-1)
+            worth -= 2 * (change * share).sum(0)
+            spread -= share.square().sum(0)
+            worth.index_fill_(0, chosen, torch.inf)
+            spread.index_fill_(0, chosen, 1)
+        return self._close_(torch.cat(places), shares, lost)
+
+    def _cheapest(self, costs: Tensor, count: int) -> Tensor:
+        """Places of the inputs that go next, of every head as many."""
+        cheapest = costs.argsort(stable=True)
+        if self.heads == 1:
+            return cheapest[:count]
+        by_head = cheapest[self.head[cheapest].argsort(stable=True)].view(self.heads, -1)
+        return by_head[:, : count // self.heads].flatten()
+
+    def _close_(self, gone: Tensor, shares: Tensor, lost: Tensor) -> Tensor:
+        """Subtracts what was waiting from the rows of the inputs that stay, and returns those that went."""
+        found = self.left[gone]
+        is_gone = torch.zeros_like(self.left).index_fill_(0, gone, 1)
+        stay = is_gone.argsort(stable=True)[: len(self.left) - len(gone)]  # a mask would wait for how many there are
+        shares = shares.index_select(1, stay)
+        self.inverse = self.inverse.index_select(0, stay).index_select(1, stay).addmm_(shares.T, shares, alpha=-1)
+        self.weights = self.weights.index_select(0, stay).addmm_(shares.T, lost, alpha=-1)
+        self.left, self.head = self.left[stay], self.head[stay]
+        return found
 
 
 def _lifted(covariance: Tensor) -> Tensor:

@@ -37,3 +37,16 @@ class Sums:
 
     def _fields(self) -> dict[str, Tensor | int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x (I, I) of x (n, I), of which most of the lower half is a copy of the upper one where it is large."""
+    size = x.shape[1]
+    if size < 512:  # a choice of ours: below it several products take longer than one
+        return x.T @ x
+    found, step = x.new_empty(size, size), -(-size // 4)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        found[start:end, start:] = x[:, start:end].T @ x[:, start:]
+        found[end:, start:end] = found[start:end, end:].T
+    return found

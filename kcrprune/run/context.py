@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, Note, StageEnded, StageStarted
+from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.measure.report import StageTime
 from kcrprune.run.machine import peak_memory_mib
 from kcrprune.training.precision import open_accelerator
@@ -44,6 +45,7 @@ class Context:
     config: RunConfig
     listener: Listener
     folder: Path | None = None  # the run's own; None while it may still be refused
+    seconds_an_image: float | None = None  # of a plain pass of the dense network, once that is measured
     records: dict[str, Record] = field(default_factory=lambda: {"": Record()})  # by stage; "": outside any
 
     def __post_init__(self) -> None:
@@ -68,14 +70,24 @@ class Context:
             self.settings, self.record = before
 
     @contextmanager
-    def part(self, name: str, steps: int | None = None) -> Iterator[None]:
-        """Announces a part of a stage and takes its time."""
+    def part(self, name: str, steps: int | None = None, *, plain_pass: float | None = None) -> Iterator[None]:
+        """Announces a part of a stage and takes its time.
+
+        `plain_pass` is how long the dense network takes for one pass over the part's images, in seconds.
+        """
         record = self.record
         self.listener(StageStarted(name, steps))
-        start = perf_counter()
+        start, algebra_before = perf_counter(), ALGEBRA.seconds
         yield
-        seconds = perf_counter() - start
-        record.times.append(StageTime(stage=name, seconds=seconds, peak_memory_mib=peak_memory_mib()))
+        seconds, algebra = perf_counter() - start, ALGEBRA.seconds - algebra_before
+        time = StageTime(
+            stage=name,
+            seconds=seconds,
+            algebra_seconds=algebra,
+            passes=(seconds - algebra) / plain_pass if plain_pass else None,
+            peak_memory_mib=peak_memory_mib(),
+        )
+        record.times.append(time)
         self.listener(StageEnded(name, seconds))
 
     def say(self, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002 (read at the call)

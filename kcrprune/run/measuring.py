@@ -1,5 +1,8 @@
 """The stage that measures the dense network, and how any network of a run is measured."""
 
+from collections.abc import Sequence
+from time import perf_counter
+
 import torch
 from torch import Tensor
 
@@ -52,3 +55,18 @@ def accuracy_on(
     if pool.parts.evaluation is None or class_count(network.dense) == 0:
         return None
     return accuracy_of(evaluate(model, pool.parts.evaluation, reference=reference, listener=context.listener))
+
+
+@torch.no_grad()
+def plain_pass(context: Context, network: Network, batches: Sequence[Tensor]) -> float:
+    """How long a forward pass of the dense network over batches of images takes, in seconds, by the first of them."""
+    seconds = context.seconds_an_image
+    if seconds is None:
+        batch = batches[0].to(context.device, non_blocking=True)
+        times = []
+        for _ in range(2):  # the first one warms up
+            start = perf_counter()
+            network.dense(batch).sum().item()  # a GPU is waited for
+            times.append(perf_counter() - start)
+        seconds = context.seconds_an_image = times[-1] / len(batch)
+    return seconds * sum(map(len, batches))

@@ -11,7 +11,7 @@ from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
-from kcrprune.run.measuring import Reference
+from kcrprune.run.measuring import Reference, plain_pass
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
@@ -71,7 +71,7 @@ def balance(context: Context, network: Network, pool: Pool) -> Weights | None:
     if not context.settings.balance:
         return None
     model = network.with_weights(None)
-    with context.part("balance"):
+    with context.part("balance", plain_pass=plain_pass(context, network, pool.parts.calibration)):
         balance_(model, network.groups, pool.parts.calibration)
     return model.state_dict()
 
@@ -84,11 +84,12 @@ def score(context: Context, network: Network, pool: Pool, balanced: Weights | No
 def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) -> Ranked:
     settings, opened, scoring = context.settings, allowed(context, network).opened, pool.parts.scoring
     innovations: dict[str, Innovations] = {}
+    plain = plain_pass(context, network, scoring)
     if settings.ranked_by == "innovation":
-        with context.part("order"):
+        with context.part("order", plain_pass=plain):
             innovations = innovations_of(model, opened, scoring, generator(settings.seed, "order", 0, "labels"))
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
-    with context.part("score"):
+    with context.part("score", plain_pass=plain):
         scores = _scores(context, network, model, gates, scoring)
     remove_gates_(model, gates)
     if not any(score.any() for score in scores.values()):
@@ -141,7 +142,8 @@ def refit(
     """Corrects the linears of a cut network, in place, towards the balanced one."""
     stage, settings = f"refit ({name})", context.settings
     reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
-    with context.part(stage, len(plan.blocks)):
+    plain = plain_pass(context, network, pool.parts.calibration)
+    with context.part(stage, len(plan.blocks), plain_pass=plain):
         refit_(
             pruned,
             network.with_weights(balanced),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kcrprune.families import Group, Key, Slot, owner_of
 from kcrprune.families.observed import See, watching
+from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.sums import Sums
 from kcrprune.surgery.swap import linear_at
 
@@ -42,20 +43,24 @@ def balance_(model: nn.Module, groups: Iterable[Group], batches: Iterable[Tensor
     """
     turned = [group for group in groups if rotates(group)]
     moments = head_moments(model, turned, batches)
-    for group in turned:
-        found = moments[group.key]
-        if group.readers:
-            _rotate_value_(model, group, found.first)
-        elif group.basis == "orthogonal":
-            rotation = diagonalising(found.first, found.second)
-            for slot in group.writers:
-                _rotate_rows_(model, group, slot, rotation)
-        else:
-            rotation, inverse = balancing(found.first, found.second)
-            for half, turn in zip(halves(group), (rotation, inverse.transpose(1, 2)), strict=True):
-                for slot in half:
-                    _rotate_rows_(model, group, slot, turn)
+    with ALGEBRA.running():
+        for group in turned:
+            _rotate_(model, group, moments[group.key])
     return model
+
+
+def _rotate_(model: nn.Module, group: Group, found: HeadMoments) -> None:
+    if group.readers:
+        _rotate_value_(model, group, found.first)
+    elif group.basis == "orthogonal":
+        rotation = diagonalising(found.first, found.second)
+        for slot in group.writers:
+            _rotate_rows_(model, group, slot, rotation)
+    else:
+        rotation, inverse = balancing(found.first, found.second)
+        for half, turn in zip(halves(group), (rotation, inverse.transpose(1, 2)), strict=True):
+            for slot in half:
+                _rotate_rows_(model, group, slot, turn)
 
 
 def rotates(group: Group) -> bool:

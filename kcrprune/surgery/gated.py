@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,10 @@ class GatedLinear(nn.Linear):
         self._held: tuple[int, Tensor] | None = None  # W B, and the version of W that it was made of
 
     def forward(self, input: Tensor) -> Tensor:
-        """out_gate * (W (in_gate * input) + b), or out_gate * (W input + b - W B ((1 - in_gate) * innovations))."""
+        """out_gate * (W (in_gate * input) + b), or out_gate * (W input + b - W B ((1 - in_gate) * innovations)).
+
+        Gates on innovations that each image has of its own are open, and there for their gradient.
+        """
         gate = None if self.in_gate is None else self.in_gate()
         if gate is None:
             output = super().forward(input)
@@ -48,8 +52,8 @@ class GatedLinear(nn.Linear):
         elif gate.ndim == 1:
             output = nn.functional.linear(input, *self._closed_weight(1 - gate, self.innovations))
         else:
-            output = super().forward(input)
-            output = output - self._closed_images(input, 1 - gate, self.innovations).to(output.dtype)
+            synthesis = self._synthesis(self.innovations).detach()
+            output = _OpenGates.apply(super().forward(input), input, gate, self.innovations, synthesis)
         return output if self.out_gate is None else times(output, self.out_gate())
 
     def _closed_weight(self, closed: Tensor, innovations: Innovations) -> tuple[Tensor, Tensor | None]:
@@ -71,11 +75,29 @@ class GatedLinear(nn.Linear):
             self._held = self.weight._version, self.weight.float() @ innovations.synthesis
         return self._held[1]
 
-    def _closed_images(self, input: Tensor, closed: Tensor, innovations: Innovations) -> Tensor:
-        """What gates that each image has of its own hold back of the output."""
-        with torch.autocast(input.device.type, enabled=False):
-            held = times(nn.functional.linear(input.float() - innovations.mean, innovations.analysis), closed)
-            return nn.functional.linear(held, self._synthesis(innovations))
+
+class _OpenGates(torch.autograd.Function):
+    """Open gates (B, I) on innovations: the output stays, and their gradient is taken without a pass of its own.
+
+    Closed ones would take W B ((1 - gate) * innovations) from the output, which moves neither it nor the gradient at
+    the inputs as long as they are open.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, input: Tensor, gate: Tensor, innovations: Innovations, synthesis: Tensor
+    ) -> Tensor:
+        """The output; `synthesis` is W B."""
+        ctx.save_for_backward(input, gate, innovations.analysis, innovations.mean, synthesis)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the output as it is, and that of each image's gates."""
+        input, gate, analysis, mean, synthesis = ctx.saved_tensors
+        found = nn.functional.linear(input.float() - mean, analysis)
+        found = found * (gradients[0].float() @ synthesis)
+        return gradients[0], None, found.view(len(gate), -1, gate.shape[1]).sum(1).to(gate.dtype), None, None
 
 
 def times(x: Tensor, gate: Tensor) -> Tensor:

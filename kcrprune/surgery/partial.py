@@ -1,14 +1,17 @@
 """Parts of a network by themselves: its blocks one after the other, and what a module inside one of them sees."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune.errors import UnsupportedModelError
-from kcrprune.families.observed import ReachedError, watching
+from kcrprune.families.observed import ReachedError, reading
+from kcrprune.surgery.swap import swap_
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,21 @@ def _steps(calls: Sequence[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]],
     return steps
 
 
-@torch.no_grad()
 def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """What the module `name` receives when `model` runs on the inputs; the rest of the pass is skipped."""
+    return seen_in(model, *inputs, modules=(name,))[name]
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
+    """What the module `name` gives when `model` runs on the inputs; the rest of the pass is skipped."""
     seen: list[Tensor] = []
 
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
         raise ReachedError
 
-    hook = model.get_submodule(name).register_forward_pre_hook(stop)
+    hook = model.get_submodule(name).register_forward_hook(stop)
     try:
         model(*inputs)
     except ReachedError:
@@ -98,21 +106,68 @@ def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     return seen[0]
 
 
-@torch.no_grad()
 def read_by(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
     """What the linear `name` multiplies its weight by when `model` runs; the rest of the pass is skipped."""
-    seen: list[Tensor] = []
+    return seen_in(model, *inputs, linears=(name,))[name]
 
-    def stop(read: Tensor, put: Tensor) -> None:
-        seen.append(read)
-        raise ReachedError
 
+@torch.no_grad()
+def seen_in(
+    model: nn.Module, *inputs: Tensor, linears: Sequence[str] = (), modules: Sequence[str] = (), to_end: bool = False
+) -> dict[str, Tensor]:
+    """What linears multiply their weights by and what modules take in, by name, when `model` runs on the inputs.
+
+    With `to_end` the output of the model is there as well, named ""; else what is behind the last of them is skipped.
+    """
+    seen: dict[str, Tensor] = {}
+    wanted = len({*linears, *modules})
+
+    def see(name: str, value: Tensor) -> None:
+        seen.setdefault(name, value)
+        if len(seen) == wanted and not to_end:
+            raise ReachedError
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, taken: see(name, taken[0])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name)) for name in modules]
     try:
-        with watching(model, {name: stop}):
-            model(*inputs)
+        with reading(model, {name: partial(see, name) for name in linears}):
+            output = model(*inputs)
+            return seen | {"": output}
     except ReachedError:
-        pass
-    return seen[0]
+        return seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Replay(nn.Module):
+    """In the place of a module whose outputs are known: gives `now`, whatever it is handed."""
+
+    now: Tensor
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+        """That output."""
+        return self.now
+
+
+class _Passing(nn.Module):
+    def forward(self, stream: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
+        return stream
+
+
+@contextmanager
+def from_behind(model: nn.Module, blocks: Sequence[str]) -> Iterator[Replay]:
+    """For the time of the block, `model` passes over its blocks: behind the last one lies what the replay gives."""
+    last = Replay()
+    stand_ins = {name: _Passing() for name in blocks[:-1]} | {blocks[-1]: last}
+    taken = {name: swap_(model, name, stand_in) for name, stand_in in stand_ins.items()}
+    try:
+        yield last
+    finally:
+        for name, block in taken.items():
+            swap_(model, name, block)
 
 
 def as_branch_sees(model: nn.Module, norm: str, site: str, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -18,49 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, classifiers, owner_of
-from kcrprune.method.sums import Sums
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.narrow import IndexMap, index_map
-from kcrprune.surgery.partial import Block, RealTokens, as_branch_sees, input_of, read_by, real_tokens, walk
+from kcrprune.surgery.normal_equations import NormalEquations, correct_
+from kcrprune.surgery.partial import (
+    Block,
+    RealTokens,
+    as_branch_sees,
+    from_behind,
+    input_of,
+    read_by,
+    real_tokens,
+    seen_in,
+    walk,
+)
+from kcrprune.surgery.replayed import Replayed
 from kcrprune.surgery.swap import linear_at
 
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
-
-
-@dataclass
-class NormalEquations(Sums):
-    """Sums over tokens that a ridge regression needs, in float64, for inputs with a column of ones appended."""
-
-    gram: Tensor  # (I + 1, I + 1)
-    cross: Tensor  # (I + 1, O), inputs times residuals
-
-    @classmethod
-    def for_linear(cls, linear: nn.Linear) -> "NormalEquations":
-        """Empty sums."""
-        size, like = linear.in_features + 1, {"dtype": torch.float64, "device": linear.weight.device}
-        return cls(torch.zeros(size, size, **like), torch.zeros(size, linear.out_features, **like))
-
-    def add_(self, linear: nn.Linear, z: Tensor, y: Tensor) -> None:
-        """Takes in tokens: inputs z (n, I), targets y (n, O)."""
-        residual = y - nn.functional.linear(z, linear.weight, linear.bias)
-        ones = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        self.gram += (ones.T @ ones).double()
-        self.cross += (ones.T @ residual).double()
-
-    def correction(self, ridge: float, *, bias: bool) -> Tensor:
-        """The change of (W, b) that minimises squared residuals plus e times its own square, (O, I + 1).
-
-        e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
-        this data never grow.
-        """
-        e = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
-        penalty = e.repeat(len(self.gram))
-        penalty[-1] = 1e-6 * e if bias else 1e9 * self.gram.trace()  # free, or held at zero
-        return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it
 
 
 @torch.no_grad()
@@ -80,8 +59,10 @@ def refit_(
 
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
-    block, and may bring the block as a whole nearer to the dense stream. Memory: two residual streams of all images, on
-    the device `keep`; None: on that of the networks.
+    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all. Memory:
+    two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
+    and for each input of its linears and each of its branches in the dense network; all on the device `keep`; None: on
+    that of the networks.
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
@@ -110,7 +91,7 @@ def refit_(
     if cut:
         names = {module: name for name, module in pruned.named_modules()}
         for classifier in classifiers(pruned):
-            pairs = ((images, images) for images in _moved(batches, device))
+            pairs = whole.behind([step.block for step in steps], names[classifier], batches, dense_streams, cut_streams)
             whole.refit_reader_(names[classifier], pairs, strength=CLASSIFIER_RIDGE)
     return pruned
 
@@ -179,53 +160,85 @@ class _Pair:
     def refit_entry_(self, dense_streams: Streams, cut_streams: Streams, *, cut: bool) -> None:
         """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
         for name in [name for name, module in self.cut.named_modules() if cut and isinstance(module, nn.Linear)]:
-            self.refit_reader_(name, zip(dense_streams, cut_streams, strict=True))
+            moved = (_moved(pair, self.device) for pair in zip(dense_streams, cut_streams, strict=True))
+            self.refit_reader_(name, ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved))
         self.advance_(dense_streams, cut_streams)
+
+    def behind(
+        self, blocks: Sequence[str], name: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the linear `name` behind all blocks reads in both, batch by batch, of the streams behind them."""
+        with from_behind(self.dense, blocks) as dense, from_behind(self.cut, blocks) as cut:
+            for images, *streams in zip(_moved(batches, self.device), dense_streams, cut_streams, strict=True):
+                dense.now, cut.now = _moved(streams, self.device)
+                yield read_by(self.dense, name, images), read_by(self.cut, name, images)
 
     def refit_reader_(
         self,
         name: str,
-        inputs: Iterable[tuple[Tensor, Tensor]],
+        pairs: Iterable[tuple[Tensor, Tensor]],
         *,
         rows: Tensor | None = None,
         strength: float = 1.0,
     ) -> None:
         """Fits the linear `name` to what it puts out in the dense module; `strength` multiplies the ridge.
 
-        `inputs` are those of the dense module and of the cut one, batch by batch. `rows` are the dense outputs that the
-        cut left to it; None is all of them.
+        `pairs` are what it reads in the dense module and in the cut one, batch by batch; where the cut took inputs from
+        it, what it puts out in the dense module and reads in the cut one. `rows` are the dense outputs that the cut
+        left to it; None is all of them.
         """
-        linear = linear_at(self.cut, name)
-        sums = NormalEquations.for_linear(linear)
-        for pair in inputs:
-            dense_x, cut_x = _moved(pair, self.device)
-            z = read_by(self.cut, name, cut_x).flatten(0, -2)
-            own = linear_at(self.dense, name)
-            y = nn.functional.linear(read_by(self.dense, name, dense_x), own.weight, own.bias)
-            sums.add_(linear, z, _taken(y.flatten(0, -2), rows))
-        _correct_(linear, sums, strength * self.ridge)
+        linear, wanted = linear_at(self.cut, name), linear_at(self.dense, name)
+        whole = self.reads_all(name)
+        width = linear.in_features if whole else linear.out_features
+        sums = NormalEquations.empty(linear.in_features, width, self.device)
+        for pair in pairs:
+            x, z = (tensor.flatten(0, -2) for tensor in pair)
+            sums.add_(z, x - z if whole else _taken(x, rows) - nn.functional.linear(z, linear.weight, linear.bias))
+        correct_(linear, sums.behind(wanted, linear, rows) if whole else sums, strength * self.ridge)
 
-    def refit_to_stream_(self, fit: _Fit, dense_streams: Streams, cut_in: Streams) -> None:
-        """Fits a linear that writes to the stream to what brings the stream behind it to the dense one.
+    def reads_all(self, name: str) -> bool:
+        """Whether the cut took no inputs from a linear."""
+        return linear_at(self.cut, name).in_features == linear_at(self.dense, name).in_features
 
-        `dense_streams` lie before the block where another branch follows in it, else behind the block.
+    def targets_(self, fits: Sequence[_Fit], dense_streams: Streams) -> dict[str, Streams]:
+        """What the fits of a block need of the dense one, by fit, from the pass that moves its streams behind it.
+
+        For a linear that reads the stream, its inputs, or its outputs where the cut took inputs from it; for one that
+        writes to it, the stream before the next branch.
         """
+        reading = [fit.name for fit in fits if fit.before is None]
+        behind = {fit.name: fit.behind for fit in fits if fit.before is not None and fit.behind is not None}
+        found: dict[str, Streams] = {name: [] for name in (*reading, *behind)}
+        for index, stream in enumerate(dense_streams):
+            [moved] = _moved([stream], self.device)
+            seen = seen_in(self.dense, moved, linears=reading, modules=list(behind.values()), to_end=True)
+            dense_streams[index] = seen[""].to(stream.device)
+            kept: dict[int, Tensor] = {}  # several linears may read the same tensor
+            for name, of_all in found.items():
+                tensor = seen[behind.get(name, name)]
+                if name in behind or self.reads_all(name):
+                    of_all.append(kept.setdefault(id(tensor), tensor.to(stream.device)))
+                else:
+                    own = linear_at(self.dense, name)
+                    of_all.append(nn.functional.linear(tensor, own.weight, own.bias).to(stream.device))
+        return found
+
+    def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: Replayed) -> None:
+        """Fits a linear that writes to the stream to what brings the stream behind it to the dense one, `targets`."""
         assert fit.before is not None
         linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
-        sums = NormalEquations.for_linear(linear)
-        real = self._reordered(fit, cut_in[0][:1].to(self.device))
-        for pair in zip(dense_streams, cut_in, strict=True):
-            target, stream = _moved(pair, self.device)
-            if fit.behind is not None:
-                target = input_of(self.dense, fit.behind, target)
-            z = read_by(self.cut, fit.name, stream).flatten(0, -2)
-            before = input_of(self.cut, fit.before, stream)
+        sums = NormalEquations.empty(linear.in_features, linear.out_features, self.device)
+        real = self._reordered(fit, cut_in.one())
+        for target, stream in zip(_moved(targets, self.device), cut_in, strict=True):
+            seen = seen_in(self.cut, stream, linears=(fit.name,), modules=(fit.before,))
+            z, before = seen[fit.name].flatten(0, -2), seen[fit.before]
             wanted = target.view_as(before) - before
             if real is not None:
                 wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
                 wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
-            sums.add_(linear, z, _taken((wanted / gamma).flatten(0, -2), fit.rows))
-        _correct_(linear, sums, self.ridge)
+            wanted = _taken((wanted / gamma).flatten(0, -2), fit.rows)
+            sums.add_(z, wanted - nn.functional.linear(z, linear.weight, linear.bias))
+        correct_(linear, sums, self.ridge)
 
     def _reordered(self, fit: _Fit, stream: Tensor) -> RealTokens | None:
         """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
@@ -259,18 +272,23 @@ def _refit_block_(
     What makes keys and values is fitted on the padding of windows too.
     """
     fits = list(fits)
-    for fit in fits:
+    targets, cut_in = pair.targets_(fits, dense_streams), Replayed(pair.cut, cut_streams, pair.device)
+    last = [fit for fit in fits if fit.before is not None and fit.behind is None]  # of a block
+    for fit in [fit for fit in fits if fit not in last] + last:
         if fit.before is None:
-            pair.refit_reader_(fit.name, zip(dense_streams, cut_streams, strict=True), rows=fit.rows)
-        elif fit.behind is not None:
-            pair.refit_to_stream_(fit, dense_streams, cut_streams)
-    _advance_(pair.dense, dense_streams, pair.device)
-    for fit in fits:
-        if fit.before is not None and fit.behind is None:  # the last of a block
-            pair.refit_to_stream_(fit, dense_streams, cut_streams)
+            read = (read_by(pair.cut, fit.name, stream) for stream in cut_in)
+            pair.refit_reader_(
+                fit.name, zip(_moved(targets.pop(fit.name), pair.device), read, strict=True), rows=fit.rows
+            )
+        else:
+            pair.refit_to_stream_(fit, targets.pop(fit.name, dense_streams), cut_in)
+        if fit.behind is not None:  # nothing of this branch is left to fit
+            cut_in.replay_(fit.site)
     if fit_block is not None:
+        cut_in.return_()
         fit_block(pair.cut, cut_streams, dense_streams)
-    _advance_(pair.cut, cut_streams, pair.device)
+    cut_in.advance_()
+    cut_in.return_()
 
 
 def _rows(kept: IndexMap, device: torch.device) -> dict[str, Tensor]:
@@ -291,10 +309,3 @@ def _taken(tokens: Tensor, channels: Tensor | None) -> Tensor:
 def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
     for index, stream in enumerate(streams):
         streams[index] = module(stream.to(device, non_blocking=True)).to(stream.device)
-
-
-def _correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
-    change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
-    linear.weight.add_(change[:, :-1].to(linear.weight))
-    if linear.bias is not None:
-        linear.bias.add_(change[:, -1].to(linear.bias))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kcrprune.families import Group
 from kcrprune.families.observed import watching
+from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.innovations import Innovations, elimination_order
-from kcrprune.method.sums import Sums
+from kcrprune.method.sums import Sums, gram
 from kcrprune.plan import PER_HEAD
 from kcrprune.surgery.partial import RealTokens, real_tokens
 from kcrprune.surgery.swap import linear_at
@@ -54,14 +55,14 @@ class LinearMoments:
             self.origin = x.mean(0)
         x = x - self.origin
         self.sums.inputs += x.sum(0)
-        self.sums.products += x.T @ x
+        self.sums.products += gram(x)
         self.sums.tokens += len(x)
         self.output = output
 
     def see_gradient(self, gradient: Tensor) -> None:
         """Takes in the gradient (..., O) at the output."""
         flat = gradient.flatten(0, -2)
-        self.sums.gradients += flat.T @ flat
+        self.sums.gradients += gram(flat)
 
     def mean_and_covariance(self, *, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Of the inputs, (I,) and (I, I); not centred: the mean is zero, and second moments are in its place."""
@@ -107,8 +108,9 @@ def innovations_of(
         linear, sums = linear_at(model, name), moments.pop(name)
         # without a bias nothing can make up for the mean of an input that goes
         mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
-        order = elimination_order(linear.weight.detach(), covariance, sums.sums.gradients, heads=group.heads)
-        found[name] = Innovations.of(mean, covariance, order)
+        with ALGEBRA.running():
+            order = elimination_order(linear.weight.detach(), covariance, sums.sums.gradients, heads=group.heads)
+            found[name] = Innovations.of(mean, covariance, order)
     return found
 
 

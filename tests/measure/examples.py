@@ -47,7 +47,11 @@ AFTER = report(
 COMPARISON = Comparison(
     before=report(),
     after=AFTER,
-    stages=(StageTime(stage="search", seconds=75, peak_memory_mib=1000), StageTime(stage="cut", seconds=0.5)),
+    stages=(
+        StageTime(stage="order", seconds=4, algebra_seconds=3, passes=2.5),
+        StageTime(stage="search", seconds=75, peak_memory_mib=1000),
+        StageTime(stage="cut", seconds=0.5),
+    ),
     settings={"target_flops": 0.7, "recipe": "default"},
 )
 INSPECTION = Inspection(

@@ -23,8 +23,9 @@ def test_a_run_shows_before_after_and_the_change():
     assert cells(text, "top-1") == ["84.65 %", "84.25 %", "-0.40 points"]
     assert cells(text, "agreement with the dense network") == ["-", "95.00 %", ""]
     assert cells(text, "blocks.0") == ["40 of 96", "2"]
-    assert cells(text, "search") == ["1 min 15 s", "1.05 GB"]
-    assert cells(text, "all") == ["1 min 16 s", "1.05 GB"]
+    assert cells(text, "search") == ["1 min 15 s", "-", "-", "1.05 GB"]
+    assert cells(text, "order") == ["4.0 s", "2.5", "3.0 s", "-"]
+    assert cells(text, "all") == ["1 min 20 s", "", "3.0 s", "1.05 GB"]
     assert '`target_flops = 0.7`, `recipe = "default"`' in text
     assert text.count("no data: images were generated") == 1
 

@@ -2,15 +2,17 @@
 
 from itertools import combinations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kcrprune.method import innovations as module
-from kcrprune.method.innovations import Innovations, elimination_order
+from kcrprune.method.innovations import Innovations, _lifted, elimination_order
+from kcrprune.method.sums import gram
 from kcrprune.surgery.gated import GatedLinear
-from kcrprune.surgery.refit import NormalEquations
+from kcrprune.surgery.normal_equations import NormalEquations
 
 SEEDS = st.integers(0, 2**16)
 MANY = settings(max_examples=10, deadline=None, derandomize=True)
@@ -79,6 +81,39 @@ def test_inputs_may_go_several_at_once(monkeypatch):
     assert sorted(first) == sorted(singles[:3])
 
 
+@pytest.mark.parametrize("waiting", [1, 7, 192])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("curvature", ["whole", "singular", "zero"])
+def test_downdates_that_wait_leave_the_order_as_it_is(monkeypatch, curvature: str, heads: int, waiting: int):
+    """Ties among inputs that nothing reads go by place in both."""
+    monkeypatch.setattr(module, "ROUNDS", 5)
+    monkeypatch.setattr(module, "WAITING", waiting)
+    x, linear, whole = problem(3, inputs=36, outputs=9)
+    weight = linear.weight.detach()
+    weight[:, [2, 3, 17, 30]] = 0
+    half = whole[:, :4]
+    s = {"whole": whole, "singular": half @ half.T, "zero": 0 * whole}[curvature]
+    order = elimination_order(weight, covariance(x), s, heads=heads)
+    assert order.tolist() == one_after_the_other(weight.double(), _lifted(covariance(x)), s.double(), heads)
+
+
+def one_after_the_other(weight: Tensor, covariance: Tensor, curvature: Tensor, heads: int) -> list[int]:
+    """The order by a new inverse and new weights in every round."""
+    inputs, left = weight.shape[1], list(range(weight.shape[1]))
+    order: list[int] = []
+    together = max(1, inputs // heads // module.ROUNDS)
+    while left:
+        rest = covariance[left][:, left].inverse()
+        kept = weight[:, left] + weight[:, order] @ covariance[order][:, left] @ rest  # what is lost, made up for
+        costs = (kept * (curvature @ kept)).sum(0) / rest.diagonal()
+        by_cost = sorted(range(len(left)), key=lambda place: float(costs[place]))
+        for head in range(heads):
+            of_head = [left[place] for place in by_cost if left[place] // (inputs // heads) == head]
+            order += of_head[:together]
+        left = [index for index in left if index not in order]
+    return order
+
+
 @MANY
 @given(seed=SEEDS)
 def test_innovations_are_uncorrelated_and_bring_the_inputs_back(seed: int):
@@ -105,8 +140,8 @@ def test_closing_gates_along_the_order_is_cutting_and_refitting(seed: int, count
     cut = nn.Linear(len(kept), 4)
     cut.weight.copy_(linear.weight[:, kept])
     cut.bias.copy_(linear.bias)
-    sums = NormalEquations.for_linear(cut)
-    sums.add_(cut, x[:, kept], linear(x))
+    sums = NormalEquations.empty(len(kept), 4, x.device)
+    sums.add_(x[:, kept], linear(x) - cut(x[:, kept]))
     change = sums.correction(1e-9, bias=True).float()
     refitted = cut(x[:, kept]) + x[:, kept] @ change[:, :-1].T + change[:, -1]
     corrected = (cut(x[:, kept]) - refitted).norm()  # what the refit has done
@@ -127,3 +162,9 @@ class Fixed(nn.Module):
 
     def forward(self) -> Tensor:
         return self.value
+
+
+@pytest.mark.parametrize("size", [3, 512, 1030])
+def test_a_gram_matrix_in_parts_is_the_product(size: int):
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)

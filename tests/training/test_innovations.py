@@ -93,10 +93,8 @@ def test_a_large_mean_costs_no_digits():
     assert torch.allclose(moment, x.double().T @ x.double() / 400)
 
 
-@pytest.mark.parametrize("per_image", [False, True])
 @torch.no_grad()
-def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny, per_image: bool):
-    """One product of weights for gates that all images share, products of tokens for gates of each image: the same."""
+def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny):
     model = tiny.model()
     group, images = next(g for g in groups_of(model) if g.axis == "mlp_hidden"), tiny.images(16)
     name = group.readers[0].owner
@@ -108,7 +106,7 @@ def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny, per_i
     gates = gated(network, ["mlp_hidden"], innovations=found)
     mask = torch.ones_like(gates.logits)
     mask[gates.slices[group.key].start + first] = 0
-    gates.harden_(mask.expand(16, -1) if per_image else mask)
+    gates.harden_(mask)
     kept = torch.ones(group.width, dtype=torch.bool).index_fill(0, first, False)
     design = torch.cat([x[:, kept], torch.ones(len(x), 1)], dim=1)
     old = linear_at(model, name)
@@ -119,6 +117,17 @@ def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny, per_i
     refitted.bias.copy_(solution[-1])
     swap_(model, name, refitted)
     assert relative_error(network(images), model(images)) <= 0.02
+
+
+def test_an_open_gate_of_an_image_has_the_gradient_of_the_gate_that_all_share(tiny: Tiny):
+    model, images = tiny.model(), tiny.images(2)
+    gates = gated(model, AXES, innovations=found_in(model, [tiny.images(8)]))
+    gates.open_per_image_(len(images))
+    [of_each] = torch.autograd.grad(model(images).square().sum(), [gates.value])
+    for image, gradient in zip(images, of_each, strict=True):
+        gates.value = torch.ones_like(gates.logits, requires_grad=True)
+        [shared] = torch.autograd.grad(model(image[None]).square().sum(), [gates.value])
+        assert relative_error(gradient, shared) <= 1e-4
 
 
 def test_a_linear_without_a_bias_has_no_mean_to_keep():

@@ -1,0 +1,73 @@
+"""The ridge regression of one linear: its sums over tokens, and their solution.
+
+Letters: n tokens of all images, I inputs, O outputs; z (n, I) inputs, W (O, I) weight, b (O,) bias.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.measure.algebra import ALGEBRA
+from kcrprune.method.sums import Sums, gram
+
+
+@dataclass
+class NormalEquations(Sums):
+    """Sums over tokens that a ridge regression needs, in float64, for inputs with a column of ones appended."""
+
+    gram: Tensor  # (I + 1, I + 1)
+    cross: Tensor  # (I + 1, O), inputs times residuals: what is missing from the outputs
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> "NormalEquations":
+        """No tokens yet."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        return cls(zeros(inputs + 1, inputs + 1), zeros(inputs + 1, outputs))
+
+    def add_(self, z: Tensor, residual: Tensor) -> None:
+        """Takes in tokens: inputs z (n, I), residuals (n, O)."""
+        inputs = z.sum(0)
+        self.gram[:-1, :-1] += gram(z)
+        self.gram[-1, :-1] += inputs
+        self.gram[:-1, -1] += inputs
+        self.gram[-1, -1] += len(z)
+        self.cross[:-1] += z.T @ residual
+        self.cross[-1] += residual.sum(0)
+
+    def behind(self, wanted: nn.Linear, linear: nn.Linear, rows: Tensor | None) -> "NormalEquations":
+        """Those of `linear` where the residuals so far are how far its inputs z are from those of `wanted`.
+
+        With x the inputs of `wanted` and V, c its weight and bias, of which `rows` are taken, its outputs are nearer by
+        V x + c - (W z + b) = V (x - z) + (V - W) z + c - b.
+        """
+        theirs = [tensor.double() if rows is None else tensor.double()[rows] for tensor in _with_bias(wanted)]
+        changes = [v - w.double() for v, w in zip(theirs, _with_bias(linear), strict=True)]
+        change = torch.cat([changes[0], changes[1][:, None]], dim=1)  # (O, I + 1)
+        return NormalEquations(self.gram, self.cross @ theirs[0].T + self.gram @ change.T)
+
+    def correction(self, ridge: float, *, bias: bool) -> Tensor:
+        """The change of (W, b) that minimises squared residuals plus e times its own square, (O, I + 1).
+
+        e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
+        this data never grow.
+        """
+        e = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
+        penalty = e.repeat(len(self.gram))
+        penalty[-1] = 1e-6 * e if bias else 1e9 * self.gram.trace()  # free, or held at zero
+        return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it
+
+
+@ALGEBRA.running()
+def correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
+    """Moves weight and bias of a linear to the solution."""
+    change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
+    linear.weight.add_(change[:, :-1].to(linear.weight))
+    if linear.bias is not None:
+        linear.bias.add_(change[:, -1].to(linear.bias))
+
+
+def _with_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = linear.weight
+    return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias

@@ -1,0 +1,53 @@
+"""Streams that run through a block again and again, of which what is settled runs once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kcrprune.surgery.partial import Replay, output_of
+from kcrprune.surgery.swap import swap_
+
+
+class Replayed:
+    """The streams before a cut block, batch by batch on its device, for what runs on them.
+
+    Branches whose linears are all fitted run once more; after that their outputs stand in for them.
+    """
+
+    def __init__(self, block: nn.Module, streams: list[Tensor], device: torch.device) -> None:
+        self.block, self.streams, self.device = block, streams, device
+        self.branches: dict[str, nn.Module] = {}  # those that are replayed, by name
+        self.replays: dict[str, Replay] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index, stream in enumerate(self.streams):
+            for name, replay in self.replays.items():
+                replay.now = self.outputs[name][index].to(self.device, non_blocking=True)
+            yield stream.to(self.device, non_blocking=True)
+
+    def one(self) -> Tensor:
+        """That of the first image (1, ...)."""
+        stream = next(iter(self))
+        for replay in self.replays.values():
+            replay.now = replay.now[: len(replay.now) // len(stream)]  # windows of an image lie in adjacent rows
+        return stream[:1]
+
+    def replay_(self, name: str) -> None:
+        """From here on the branch `name` is not run."""
+        keep = self.streams[0].device
+        self.outputs[name] = [output_of(self.block, name, stream).to(keep) for stream in self]
+        self.replays[name] = Replay()
+        self.branches[name] = swap_(self.block, name, self.replays[name])
+
+    def return_(self) -> None:
+        """Puts the branches back."""
+        for name, branch in self.branches.items():
+            swap_(self.block, name, branch)
+        self.branches, self.replays, self.outputs = {}, {}, {}
+
+    def advance_(self) -> None:
+        """Moves the streams behind the block, in place."""
+        for index, stream in enumerate(self):
+            self.streams[index] = self.block(stream).to(self.streams[index].device)
