@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kcrprune.atomic import taken, write_atomically
 from kcrprune.checkpoints.dense import Opened, open_dense
-from kcrprune.checkpoints.loading import build_quietly, check_outline
+from kcrprune.checkpoints.loading import build_quietly, check_finite, check_outline
 from kcrprune.checkpoints.preprocessing import Flags, overridden
 from kcrprune.containers.contents import digest, read_all
 from kcrprune.containers.safetensors_file import Header, is_safetensors, read_header
@@ -114,6 +114,7 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
     tensors = read_all(header.tensors, path.stat().st_size, path)
     if content_hash(tensors) != contract.content_hash:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were written (content hash differs)")
+    check_finite(tensors, path)
     model = build_quietly(contract.architecture)
     if contract.plan is not None:
         cut_(model, contract.plan)

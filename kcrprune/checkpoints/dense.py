@@ -8,7 +8,7 @@ from torch import nn
 
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
 from kcrprune.checkpoints.inference import Inferred, infer
-from kcrprune.checkpoints.loading import load_dense
+from kcrprune.checkpoints.loading import check_finite, load_dense
 from kcrprune.checkpoints.locate import locate
 from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
 from kcrprune.checkpoints.shapes import classes_of
@@ -60,7 +60,9 @@ def open_dense(
     located = locate(contents)
     if located.layout.doubt and not located.trail and arch is None:
         raise UnsupportedModelError(f"{path}: {located.layout.doubt}")
-    tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
+    read = read_all(located.refs, contents.nbytes, path)
+    check_finite(read, path)
+    tensors = located.layout.convert(read)
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})

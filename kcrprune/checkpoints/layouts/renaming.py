@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from kcrprune.checkpoints.layouts.base import Tensors
 
@@ -23,16 +22,15 @@ def rename(tensors: Tensors, rules: Rules) -> Tensors:
 
 
 def join_qkv(tensors: Tensors) -> Tensors:
-    """`x.q`, `x.k` and `x.v` joined to `x.qkv`, as timm has them, for weights and biases."""
+    """`x.q`, `x.k` and `x.v` joined to `x.qkv`, as timm has them, for weights and biases; one alone stays as it is."""
     joined: Tensors = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"(.*\.attn)\.([qkv])\.(weight|bias)", name)
-        if match is None:
+        names = [f"{match[1]}.{part}.{match[3]}" for part in "qkv"] if match else []
+        if match is None or not tensors.keys() >= set(names):
             joined[name] = value
         elif match[2] == "q":
-            parts = [tensors.get(f"{match[1]}.{part}.{match[3]}") for part in "qkv"]
-            if all(isinstance(part, Tensor) for part in parts):
-                joined[f"{match[1]}.qkv.{match[3]}"] = torch.cat([part for part in parts if part is not None])
+            joined[f"{match[1]}.qkv.{match[3]}"] = torch.cat([tensors[part] for part in names])
     return joined
 
 
