@@ -27,6 +27,7 @@ class Clues:
     preprocessing: Mapping[str, JsonValue] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     resembles: str = ""  # how the name begins, where several networks fit
+    called: str = ""  # its name, where timm has none like it
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Evidence:
     def names(self) -> tuple[tuple[str, str], ...]:
         """What the network is called, with the sources."""
         return tuple((clue.name, clue.source) for clue in self.clues if clue.name)
+
+    @property
+    def called(self) -> str:
+        """What the file calls the network though timm has no such name, with the source; "" where it does not."""
+        return next((f"{clue.source}: {clue.called}" for clue in self.clues if clue.called), "")
 
     @property
     def resembles(self) -> tuple[str, ...]:

@@ -152,26 +152,19 @@ def _chosen(names: Sequence[str], evidence: Evidence) -> tuple[str, str]:
 
 def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, ...]]:
     """The registered network that the file's is described by, whether it is sure, and how that is known."""
-    ignored: list[str] = []
-    for name, source in evidence.names:
-        try:
-            row = _named(measured, name, source)
-        except ConfigError:
-            if source == ASKED:
-                raise
-            ignored.append(f"{source} names {name}, which this is not: ignored")
-        else:
-            sizes = "" if row.sizes == measured.sizes else f", with the sizes of the file: {_sizes(measured)}"
-            return row, True, (*ignored, f"architecture {row.name}: {source}{sizes}")
+    for name, source in evidence.names[:1]:
+        row = _named(measured, name, source)
+        sizes = "" if row.sizes == measured.sizes else f", with the sizes of the file: {_sizes(measured)}"
+        return row, True, (f"architecture {row.name}: {source}{sizes}",)
     ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, evidence))
     if not ranked:
         row = known(PLAIN[measured.kind])
         note = f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"
-        return row, False, (*ignored, note)
+        return row, False, (note,)
     best = ranked[0]
     other = ", ".join(trait for trait in TRAITS if getattr(best, trait) != getattr(measured, trait))
     parts = f"sizes are the file's, which has other parts ({other})" if other else "sizes and parts are the file's"
-    return best, True, (*ignored, f"architecture {best.name}: its {parts}", *_twins(ranked))
+    return best, True, (f"architecture {best.name}: its {parts}", *_twins(ranked))
 
 
 def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
@@ -193,10 +186,10 @@ def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
 def _named(measured: Known, name: str, source: str) -> Known:
     row = known(name)
     if row.kind != measured.kind:
-        raise ConfigError(
-            f"the file holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}; leave it out or "
-            "name a network of the right kind"
-        )
+        sentence = f"the file holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}"
+        if source == ASKED:
+            raise ConfigError(f"{sentence}; leave it out or name a network of the right kind")
+        raise CheckpointError(f"{sentence}; --arch says which it is")
     return row
 
 

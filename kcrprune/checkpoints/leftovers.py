@@ -14,9 +14,9 @@ from kcrprune.errors import CheckpointError
 BUFFERS: Final = re.compile(
     r"(.*\.)?(relative_position_index|attn_mask|relative_coords_table|position_ids|total_ops|total_params)"
 )
-# used in training alone
+# used in training alone, or by a detector between the stages
 TRAINING: Final = re.compile(
-    r"mask_token|masked_embed|optimizer|lr|epoch|step|center|queue(_ptr)?|(\w+_)?(criterion|loss(es)?|metrics?|ema)"
+    r"norm\d|hidden_states_norms|mask_token|masked_embed|optimizer|lr|epoch|step|center|queue(_ptr)?|(\w+_)?(criterion|loss(es)?|metrics?|ema)"
     r"|(\w+_)?(projector|predictor|prototypes|discriminator)|(text_)?decoder(_\w+)?"
 )
 # heads of other tasks and towers for other inputs, beside a network that has a prefix of its own

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+import timm
+
 from kcrprune.checkpoints.clues import Clues, as_names, as_size, as_text, believed
 from kcrprune.checkpoints.locate import Located
 from kcrprune.checkpoints.registry import bare_name
-from kcrprune.checkpoints.signatures import is_registered
 from kcrprune.containers.contents import Contents
 from kcrprune.containers.modules import attributes, is_module, parts
 from kcrprune.containers.pickled_calls import Stub
@@ -67,7 +68,7 @@ def from_timm(statement: Mapping[str, Any], source: str, classes: int) -> Clues:
     name = as_text(statement.get("architecture")) or as_text(statement.get("arch"))
     return Clues(
         source=source,
-        name=name,
+        **_name(name),
         arguments=believed(arguments),
         preprocessing=pretrained,
         class_names=as_names(labels, classes),
@@ -76,15 +77,21 @@ def from_timm(statement: Mapping[str, Any], source: str, classes: int) -> Clues:
 
 def from_options(tree: Mapping[str, Any]) -> Clues:
     """The clues among the options that training code stores beside the weights: a name that timm knows, a size."""
+    source = "the options of the training"
     tables = [_table(tree.get(key)) for key in OPTIONS]
+    called = ""
     for table in (*tables, tree):
-        name = next(
-            (text for key in NAMES if (text := as_text(table.get(key))) and is_registered(bare_name(text))), None
-        )
-        if name:
+        texts = [text for key in NAMES if (text := as_text(table.get(key)))]
+        if name := next((bare_name(text) for text in texts if timm.is_model(bare_name(text))), None):
             arguments = believed(table) | believed(table.get("model_kwargs"))
-            return Clues(source="the options of the training", name=bare_name(name), arguments=arguments)
-    return Clues()
+            return Clues(source=source, name=name, arguments=arguments)
+        called = called or next(iter(texts), "")
+    return Clues(source=source, called=called)
+
+
+def _name(text: str | None) -> dict[str, Any]:
+    """A network's name as a clue; one that timm does not know is told, and decides nothing."""
+    return {"name" if text is None or timm.is_model(bare_name(text)) else "called": text}
 
 
 def from_preprocessor(stated: Mapping[str, Any]) -> Clues:

@@ -41,3 +41,14 @@ def move_downsampling(tensors: Tensors) -> Tensors:
         pattern.sub(lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
         for name, value in tensors.items()
     }
+
+
+def last_norm(tensors: Tensors) -> Tensors:
+    """A detector's Swin has a norm behind each stage it hands out (norm0, norm1, ...): the last is timm's `norm`."""
+    behind = [
+        match for name in tensors if (match := re.fullmatch(r"(hidden_states_norms\.stage|norm)(\d)\.weight", name))
+    ]
+    if "norm.weight" in tensors or not behind:
+        return tensors
+    last = max(behind, key=lambda match: int(match[2]))[0].removesuffix(".weight")
+    return rename(tensors, ((rf"^{re.escape(last)}\.", "norm."),))
