@@ -18,9 +18,9 @@ from kcrprune.checkpoints.shapes import classes_of
 from kcrprune.checkpoints.statements import stated
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import digest, read_all, shapes_of
-from kcrprune.errors import ConfigError, UnsupportedModelError
+from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
-from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
+from kcrprune.plan import Architecture, ChannelPlan, Preprocessing, as_sides, sides, size_text
 
 HUB: Final = re.compile(r"(hf-hub:)?[\w.-]+/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.ckpt)(?<!\.safetensors)")
 
@@ -49,7 +49,7 @@ def open_dense(
     arch: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     interpolation: str | None = None,
@@ -70,13 +70,14 @@ def open_dense(
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
-    evidence = Evidence((flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes)))
+    clues = (flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes))
+    evidence = Evidence(clues, as_sides(img_size))
     require_clear(located, evidence, path)
     inferred = infer(shapes, evidence, path)
-    sized, size_notes = with_size(inferred, img_size)
+    sized, size_notes = with_size(inferred, evidence.asked_size)
     final, head_notes = with_head(sized, num_classes, path)
     new_head = bool(num_classes) and classes == 0
-    model, left_out = load_dense(final.architecture, tensors, path, new_head=new_head)
+    model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
     family = family_of(model).name
     return Opened(
         model=model,
@@ -107,7 +108,7 @@ def require_present(path: Path) -> None:
         folder = name.rpartition("/")[2]
         raise CheckpointError(
             f"there is no file {name}, and nothing is downloaded; if it is a name of the Hugging Face hub, "
-            f"`hf download {name.removeprefix('hf-hub:')} --local-dir {folder}` fetches it, then name the folder {folder}"
+            f"`hf download {name.removeprefix('hf-hub:')} --local-dir {folder}` fetches it; then name {folder}"
         )
     if not path.parent.exists():
         raise CheckpointError(f"{path} does not exist, nor does the folder {path.parent}")
@@ -125,14 +126,15 @@ def _called(evidence: Evidence) -> tuple[str, ...]:
     return (f"{evidence.called}, a name that timm does not know",) if evidence.called else ()
 
 
-def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple[str, ...]]:
+def with_size(inferred: Inferred, img_size: int | tuple[int, int] | None) -> tuple[Inferred, tuple[str, ...]]:
     """The same network at the image size that the user asks for."""
     own, patch = inferred.img_size, inferred.patch_size
     if img_size is None or img_size == own:
         return inferred, ()
-    if img_size % patch:
-        raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
-    note = f"image size {img_size} in place of {own}: {ASKED}; timm resizes the position tables whose size changes"
+    if any(side % patch for side in sides(img_size)):
+        raise ConfigError(f"--img-size {size_text(img_size)} is no multiple of the patch size {patch}")
+    change = f"image size {size_text(img_size)} in place of {size_text(own)}"
+    note = f"{change}: {ASKED}; timm resizes the position tables whose size changes"
     return inferred.changed(img_size=img_size), (note,)
 
 

@@ -13,10 +13,11 @@ from kcrprune.checkpoints.clues import ASKED, Evidence, as_size
 from kcrprune.checkpoints.loading import build_outline
 from kcrprune.checkpoints.registry import Kind, Known, bare_name, known, table
 from kcrprune.checkpoints.shapes import Shapes, classes_of, measure
+from kcrprune.checkpoints.sizes import stated_size
 from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
-from kcrprune.plan import Architecture
+from kcrprune.plan import Architecture, sides, size_text
 
 # a network of each kind whose arguments are overridden where no known one has the sizes
 PLAIN: Final[dict[Kind, str]] = {
@@ -48,15 +49,15 @@ class Inferred:
 
     architecture: Architecture
     in_chans: int
-    img_size: int
+    img_size: int | tuple[int, int]  # one number, or (height, width)
     patch_size: int
     num_classes: int
     certain: bool
     notes: tuple[str, ...]
 
-    def changed(self, **arguments: int) -> Self:
+    def changed(self, **arguments: Any) -> Self:
         """The same network with other arguments, of those named above."""
-        stated = {**self.architecture.arguments, **arguments}
+        stated = {**self.architecture.arguments, **{key: _json(value) for key, value in arguments.items()}}
         return replace(self, **arguments, architecture=self.architecture.model_copy(update={"arguments": stated}))
 
 
@@ -109,7 +110,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     """The registered network of these tensors; None where the file does not tell which, or contradicts them all."""
     name, why = _chosen(names, evidence)
     said: dict[str, JsonValue] = {key: evidence.argument(key)[0] for key in STATED}
-    said["img_size"] = as_size(said["img_size"])
+    said["img_size"] = _json(stated_size(evidence)[0] or as_size(evidence.usual_size))
     stated: dict[str, JsonValue] = {key: value for key, value in said.items() if value is not None}
     if not name or stated.get("act_layer", "gelu") not in tuple(ACTIVATIONS):
         return None
@@ -209,7 +210,7 @@ def _distance(row: Known, measured: Known, evidence: Evidence) -> tuple[int, ...
         parts,
         row.act != "GELU",  # the plain one where the file cannot tell
         abs(row.patch_size - measured.patch_size),
-        abs(row.img_size - measured.img_size),
+        sum(abs(own - side) for own, side in zip(sides(row.img_size), sides(measured.img_size), strict=True)),
         row.num_classes != measured.num_classes,
         alike,
     )
@@ -262,7 +263,7 @@ def _image_note(measured: Known, shapes: Shapes, evidence: Evidence) -> str:
         masked = "layers.0.blocks.1.attn_mask" in shapes
         assumed = "not in the file, so the smallest whose last stage is one window (--img-size changes it)"
         source = "the attention masks" if masked else assumed
-    return f"image size {measured.img_size}, patches of {measured.patch_size}: {source}"
+    return f"image size {size_text(measured.img_size)}, patches of {measured.patch_size}: {source}"
 
 
 def _activation(measured: Known, base: Known, evidence: Evidence) -> tuple[str, tuple[str, ...]]:
@@ -316,4 +317,4 @@ def _changed(network: Known, base: Known, names: Sequence[str]) -> dict[str, Jso
 
 
 def _json(value: Any) -> JsonValue:
-    return list(value) if isinstance(value, tuple) else value
+    return [_json(part) for part in value] if isinstance(value, tuple) else value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kcrprune.checkpoints.leftovers import needed_inside, refuse
 from kcrprune.checkpoints.shapes import DEEPEST
 from kcrprune.checkpoints.signatures import is_registered
+from kcrprune.checkpoints.tables import biases, positions
 from kcrprune.containers.contents import Shape, check_memory, shapes_of, some
 from kcrprune.errors import CheckpointError
 from kcrprune.families import build, classifiers
@@ -36,12 +37,12 @@ ARGUMENTS: Final = {
 
 
 def load_dense(
-    architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False
+    architecture: Architecture, tensors: Tensors, path: Path, *, own: Architecture, new_head: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The network of an architecture with these weights, and the names of those that it does without.
 
-    timm's conversion may rename and resize them. CheckpointError for one that it has no place for and that is no
-    training's own.
+    `own` is the file's network, of the file's sizes: timm's conversion may rename and resize its tensors.
+    CheckpointError for one that has no place and is not training's own.
 
     The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
     `new_head` the file has no classifier and the network gets a fresh one.
@@ -49,7 +50,7 @@ def load_dense(
     outline = build_outline(architecture, path)
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     try:
-        fitted = fit(tensors, outline)
+        fitted = fit(tensors, outline, outline if own == architecture else build_outline(own, path))
     except UNBUILDABLE as error:  # timm trusts the names and shapes of what it converts
         raise CheckpointError(f"{path} has tensors that timm cannot convert: {str(error)[:200]}") from error
     heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
@@ -135,14 +136,20 @@ def build_quietly(architecture: Architecture, *, device: str = "cpu") -> nn.Modu
         return build(architecture, device=device)
 
 
-def fit(tensors: Tensors, model: nn.Module) -> Tensors:
-    """The weights under the names and in the sizes that `model` wants, by timm's own conversion."""
+def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
+    """The weights under the names and in the sizes that `model` wants, by timm's own conversion.
+
+    Tables of positions of two sides are resized from the sizes of `own`, since timm's conversion takes each for a
+    square where it can.
+    """
+    resized = positions(tensors, model, own) | biases(tensors, model, own)
+    rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
         if isinstance(model, VisionTransformer):
-            return vision_transformer.checkpoint_filter_fn(dict(tensors), model, adapt_layer_scale=True)
+            return vision_transformer.checkpoint_filter_fn(rest, model, adapt_layer_scale=True) | resized
         convert: Any = import_module(type(model).__module__)  # where timm keeps the conversion of a class
-        return convert.checkpoint_filter_fn(dict(tensors), model)
+        return convert.checkpoint_filter_fn(rest, model) | resized
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:

@@ -37,10 +37,12 @@ FOREIGN: Final[dict[bytes, str]] = {
     b"gguf": "is a GGUF file; only PyTorch and safetensors checkpoints are read",
     b"\x93numpy": "is a numpy array; only PyTorch and safetensors checkpoints are read",
 }
-THROUGH_TIMM: Final = (
-    "timm reads those of ViTs: m = timm.create_model(NAME, checkpoint_path=FILE), then torch.save(m.state_dict(), "
-    "'model.pth'), and that file opens here"
-)
+FOREIGN_SUFFIXES: Final[dict[str, str]] = {
+    ".npz": "is a numpy archive (JAX, Flax), and timm reads those of ViTs: m = timm.create_model(NAME, "
+    "checkpoint_path=FILE), then torch.save(m.state_dict(), 'model.pth') writes what opens here",
+    ".distcp": "is a part of a distributed checkpoint of PyTorch; name its folder, which tells the way on",
+    ".onnx": "is an ONNX graph, which cannot be trained or cut; name the checkpoint it came from",
+}
 
 
 def open_container(path: Path) -> Contents:
@@ -136,16 +138,10 @@ def _open_file(path: Path) -> Contents:
 def _reader(path: Path, start: bytes) -> Callable[[Path], Contents]:
     if is_safetensors(path):
         return _safetensors
-    if path.suffix == ".npz":
-        raise CheckpointError(f"{path} is a numpy archive (JAX, Flax); {THROUGH_TIMM}")
-    if path.suffix == ".distcp":
-        raise CheckpointError(f"{path} is a part of a distributed checkpoint; name its folder, which tells the way on")
+    if path.suffix in FOREIGN_SUFFIXES:
+        raise CheckpointError(f"{path} {FOREIGN_SUFFIXES[path.suffix]}")
     if start.startswith(b"PK"):
         return _zip
-    if path.suffix == ".onnx":
-        raise CheckpointError(
-            f"{path} is an ONNX graph, which cannot be trained or cut; name the checkpoint it came from"
-        )
     if start[257:262] == b"ustar":
         raise CheckpointError(
             f"{path} is a tar archive; unpack it first (torch before 0.1.10 wrote such files, not read)"

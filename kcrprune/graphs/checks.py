@@ -13,10 +13,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from kcrprune.errors import CheckpointError
 from kcrprune.graphs import wire
-from kcrprune.plan import Preprocessing
+from kcrprune.plan import LARGEST_SIDE, MOST_CHANNELS, Preprocessing
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf cannot hold more
-LARGEST_IMAGE = (64, 4096, 4096)  # ours: channels, height, width
+LARGEST_IMAGE: Final = (MOST_CHANNELS, LARGEST_SIDE, LARGEST_SIDE)
 FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 

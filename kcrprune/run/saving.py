@@ -14,6 +14,7 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
+from kcrprune.plan import finite
 from kcrprune.run.context import Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
@@ -129,7 +130,7 @@ def to_lines(histories: Mapping[str, list[dict[str, int | float | None]]]) -> st
 
 def write_json(path: Path, data: Any) -> None:
     """Readable JSON with a final newline."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

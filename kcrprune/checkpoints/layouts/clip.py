@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from pydantic import JsonValue
 
-from kcrprune.checkpoints.clues import Clues, as_size
+from kcrprune.checkpoints.clues import Clues, as_number
 from kcrprune.checkpoints.layouts.base import Layout, Shapes, Tensors
 from kcrprune.checkpoints.layouts.renaming import rename
 from kcrprune.errors import UnsupportedModelError
@@ -76,9 +76,9 @@ def _configured(config: Mapping[str, Any], shapes: Shapes) -> Clues:
         return Clues("OpenCLIP's default", norm_eps=1e-5, preprocessing=PREPARED)
     if vision.get("final_ln_after_pool") or vision.get("input_patchnorm"):
         raise UnsupportedModelError("open_clip_config.json: its norms stand elsewhere than in timm's network")
-    head_width = as_size(vision.get("head_width", 64))
+    head_width = as_number(vision.get("head_width", 64))
     arguments: dict[str, JsonValue] = {"act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    if isinstance(head_width, int):
+    if head_width:
         arguments["num_heads"] = max(1, width // head_width)
     if vision.get("pool_type") == "avg" or vision.get("global_average_pool"):
         arguments["global_pool"] = "avg"

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from pydantic import JsonValue
 
-from kcrprune.checkpoints.clues import Clues, as_names, as_size
+from kcrprune.checkpoints.clues import Clues, as_names, as_number
 from kcrprune.checkpoints.layouts.base import Layout, Shapes, Tensors
 from kcrprune.checkpoints.layouts.renaming import join_qkv, last_norm, move_downsampling, rename
 
@@ -161,9 +161,9 @@ def _clues(norm_eps: float, act: str = "gelu") -> Callable[[Mapping[str, Any], S
 
 def _arguments(config: Mapping[str, Any], act: str) -> dict[str, JsonValue]:
     arguments: dict[str, JsonValue] = {"act_layer": config.get("hidden_act", act)}
-    if heads := as_size(config.get("num_attention_heads")):
+    if heads := as_number(config.get("num_attention_heads")):
         arguments["num_heads"] = heads
-    if size := as_size(config.get("image_size")):
+    if (size := config.get("image_size")) is not None:
         arguments["img_size"] = size
     return arguments
 
