@@ -12,6 +12,7 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kcrprune.checkpoints.clues import as_size
 from kcrprune.checkpoints.leftovers import needed_inside, refuse
 from kcrprune.checkpoints.shapes import DEEPEST
 from kcrprune.checkpoints.signatures import is_registered
@@ -87,8 +88,8 @@ def check_finite(tensors: Tensors, path: Path) -> None:
 
 def check_outline(
     architecture: Architecture, plan: ChannelPlan | None, shapes: Mapping[str, Shape], path: Path
-) -> None:
-    """CheckpointError where an architecture that a file states is not the network of the file's tensors.
+) -> nn.Module:
+    """The outline of a stated network; CheckpointError where it is not that of the file's tensors.
 
     Built on the meta device, so a false statement costs nothing.
     """
@@ -106,6 +107,7 @@ def check_outline(
         )
     if _count(dense) > LARGEST_CUT * max(_count(cut), 10**5):
         raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
+    return outline
 
 
 def _check_statement(architecture: Architecture, path: Path) -> None:
@@ -115,6 +117,8 @@ def _check_statement(architecture: Architecture, path: Path) -> None:
         raise CheckpointError(
             f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
         )
+    if "img_size" in arguments and as_size(arguments["img_size"]) is None:
+        raise CheckpointError(f"{path} states an image size that cannot be: {str(arguments['img_size'])[:80]}")
     stated = arguments.get("depths", arguments.get("depth", 1))
     depths = stated if isinstance(stated, list) else [stated]
     if len(depths) > DEEPEST or not all(type(depth) is int and 0 < depth <= DEEPEST for depth in depths):
@@ -142,10 +146,10 @@ def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
     Tables of positions of two sides are resized from the sizes of `own`, since timm's conversion takes each for a
     square where it can.
     """
-    resized = positions(tensors, model, own) | biases(tensors, model, own)
-    rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
+        resized = positions(tensors, model, own) | biases(tensors, model, own)
+        rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
         if isinstance(model, VisionTransformer):
             return vision_transformer.checkpoint_filter_fn(rest, model, adapt_layer_scale=True) | resized
         convert: Any = import_module(type(model).__module__)  # where timm keeps the conversion of a class

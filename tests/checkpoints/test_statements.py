@@ -176,7 +176,8 @@ def test_the_moving_average_is_preferred_and_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "size"),
-    [(32, 32), ([32, 32], 32), ((7, 7), 7), ([32, 16], None), (0, None), (True, None), (4096, None), ("32", None),
+    [(32, 32), ([32, 32], 32), ((7, 7), 7), ([32, 16], (32, 16)), ([32, 4096], None),
+     (0, None), (True, None), (4096, None), ("32", None),
      ([[1], [1]], None), (None, None), ([32.0, 32.0], None)],
 )  # fmt: skip
 def test_a_files_word_for_a_size(value, size):
