@@ -42,7 +42,7 @@ def as_sides(value: Any) -> Any:
     """
     if not isinstance(value, list | tuple) or not 0 < len(value) < 3:
         return value
-    return value[0] if len(set(value)) == 1 else tuple(value)
+    return value[0] if value[0] == value[-1] else tuple(value)
 
 
 ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(as_sides)]  # one number is height and width
