@@ -38,8 +38,9 @@ def table_size(positions: int, prefixes: Sequence[int], patch: int, evidence: Ev
     nobody says otherwise.
     """
     size, source = stated_size(evidence)
-    for said in (size, as_size(evidence.usual_size), evidence.asked_size):
-        for prefix in prefixes if said is not None else ():
+    candidates = (size, as_size(evidence.usual_size), evidence.asked_size)
+    for said in (candidate for candidate in candidates if candidate is not None):
+        for prefix in prefixes:
             if prod(grid_of(said, patch)) == positions - prefix:
                 return said, prefix
     if size is not None:

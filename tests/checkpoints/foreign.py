@@ -22,6 +22,7 @@ LABELLED: dict[str, Any] = HF_VIT | FIVE
 HF_SWIN: dict[str, Any] = {
     "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4,
 }  # fmt: skip
+HF_DETECTOR: dict[str, Any] = HF_SWIN | {"out_features": ["stage1", "stage2"]}
 DECODER: dict[str, Any] = {
     "mask_ratio": 0.0, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
@@ -163,7 +164,7 @@ FOREIGN = (
     Foreign("Swin of the authors' detectors", ways.timm_swin(), ways.torch_file(ways.detectors_swin), "official Swin",
             timm_features),
     Foreign("Hugging Face Swin of a detector",
-            lambda: T.SwinBackbone(T.SwinConfig(**(HF_SWIN | {"out_features": ["stage1", "stage2"]}))), ways.hf_folder,
+            lambda: T.SwinBackbone(T.SwinConfig(**HF_DETECTOR)), ways.hf_folder,
             "Hugging Face Swin", lambda model, images: model(images).feature_maps[-1].mean((2, 3))),
     Foreign("DINOv2", lambda: T.Dinov2Model(T.Dinov2Config(**HF_SIZES)), ways.torch_file(ways.facebook_dinov2()),
             "DINOv2", class_token, FOUR),
