@@ -1,6 +1,7 @@
 """Images of two sides: from tables, from what is said, resized as timm does, and refused where they contradict."""
 
 from argparse import Namespace
+from typing import Any
 
 import pytest
 import timm
@@ -64,14 +65,14 @@ def test_a_tall_table_is_resized_from_its_own_two_sides(tmp_path, tall, size):
     """timm's set_input_size knows the grid that it comes from; (32, 32) has as many patches as (64, 16)."""
     options = {"args": Namespace(model="vit_tiny_patch16_224", img_size=[64, 16])}
     opened = open_model(saved(tmp_path, tall, **options), num_heads=2, img_size=size)
-    expected = ways.timm_vit(img_size=TALL, patch_size=4)()
+    expected: Any = ways.timm_vit(img_size=TALL, patch_size=4)()
     expected.load_state_dict(tall.state_dict())
     expected.set_input_size(size)
     assert torch.equal(opened.model.state_dict()["pos_embed"], expected.state_dict()["pos_embed"])
 
 
 def test_a_square_network_is_opened_for_tall_images(tmp_path):
-    square = ways.timm_vit()()
+    square: Any = ways.timm_vit()()
     opened = open_model(saved(tmp_path, square), num_heads=2, img_size=(64, 32))
     square.set_input_size((64, 32))
     assert torch.equal(opened.model.state_dict()["pos_embed"], square.state_dict()["pos_embed"])
