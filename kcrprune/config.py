@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kcrprune.errors import ConfigError
-from kcrprune.plan import AXES, Axis, Frozen
+from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Spread
 
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
@@ -88,13 +88,13 @@ class RunConfig(Frozen):
     num_classes: PositiveInt | None = Field(
         default=None, description="Give a backbone without a head a new one of this size."
     )
-    img_size: PositiveInt | None = Field(
-        default=None, description="Input height and width, if not the checkpoint's own."
+    img_size: ImageSize | None = Field(
+        default=None, description="Input size, if not the checkpoint's own: 224, or height and width as 64,16."
     )
-    mean: tuple[float, ...] | None = Field(default=None, description="Mean of the input normalisation.")
-    std: tuple[float, ...] | None = Field(default=None, description="Standard deviation of the input normalisation.")
-    interpolation: str | None = Field(default=None, description="Interpolation of the resize.")
-    crop_pct: PositiveFloat | None = Field(default=None, description="Share of the resized image that the crop keeps.")
+    mean: tuple[Level, ...] | None = Field(default=None, description="Mean of the input normalisation.")
+    std: tuple[Spread, ...] | None = Field(default=None, description="Standard deviation of the input normalisation.")
+    interpolation: Interpolation | None = Field(default=None, description="Interpolation of the resize.")
+    crop_pct: CropShare | None = Field(default=None, description="Share of the resized image that the crop keeps.")
 
     # before and after the cut
     ranking: Ranking = Field(
@@ -120,7 +120,7 @@ class RunConfig(Frozen):
         default=0, description="Gate steps of a search from the scores on; 0 plans from the scores alone."
     )
     search_lr: PositiveFloat = Field(default=0.05, description="Learning rate of the gates.")
-    search_spread: PositiveFloat = Field(
+    search_spread: Annotated[float, Field(gt=0, le=1e4)] = Field(
         default=8.0, description="Standard deviation of the first logits; the larger, the fewer gates are undecided."
     )
     search_weight_lr: NonNegativeFloat = Field(
@@ -161,7 +161,7 @@ class RunConfig(Frozen):
     kernel_norm: Literal["relative", "raw"] = Field(default="relative", description="Divide it by the trace, or not.")
 
     # the machine
-    seed: NonNegativeInt = Field(default=42, description="Seed of everything random.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="Seed of everything random.")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
     snapshot_minutes: PositiveFloat = Field(

@@ -3,13 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from kcrprune.printable import printable_lines
+
 
 @dataclass(frozen=True)
 class Note:
-    """One line that the user should see."""
+    """One line that the user should see; what a terminal would not show of it has an escape in its place."""
 
     text: str
     warning: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable_lines(self.text))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,60 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from math import isfinite
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 Axis = Literal["mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads"]
 AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")
 PER_HEAD: tuple[Axis, ...] = ("attn_query", "attn_value")  # whose widths are those of one head
 
 Indices = tuple[NonNegativeInt, ...]
+
+# bounds of ours, for flags and for what files state
+LARGEST_SIDE: Final = 2048  # of an image, in pixels
+MOST_CHANNELS: Final = 64
+LEAST_CROP, MOST_CROP = 0.05, 4.0
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+CropMode = Literal["center", "squash", "border"]
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+Level = Annotated[float, Field(gt=-1e4, lt=1e4)]
+Spread = Annotated[float, Field(ge=1e-6, lt=1e4)]
+CropShare = Annotated[float, Field(ge=LEAST_CROP, le=MOST_CROP)]
+
+
+def as_sides(value: Any) -> Any:
+    """An image's size in its shortest form: one number for a square, else (height, width).
+
+    Takes what TOML, JSON and the command line say: 224, [224], ["64", "16"], (64, 16); anything else stays as it is.
+    """
+    if not isinstance(value, list | tuple) or not 0 < len(value) < 3:
+        return value
+    return value[0] if value[0] == value[-1] else tuple(value)
+
+
+ImageSize = Annotated[Side | tuple[Side, Side], BeforeValidator(as_sides)]  # one number is height and width
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image's size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_text(size: int | tuple[int, int]) -> str:
+    """An image's size as the command line takes it: 224, or 64,16."""
+    return str(size) if isinstance(size, int) else ",".join(map(str, size))
 
 
 class Frozen(BaseModel):
@@ -31,13 +76,19 @@ class Architecture(Frozen):
 class Preprocessing(Frozen):
     """How an image becomes an input; timm's own names."""
 
-    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: Annotated[float, Field(gt=0)] = 1.0
-    crop_mode: str = "center"
+    input_size: tuple[Annotated[int, Field(ge=1, le=MOST_CHANNELS)], Side, Side]  # channels, height, width
+    mean: tuple[Level, ...]
+    std: tuple[Spread, ...]
+    interpolation: Interpolation = "bicubic"
+    crop_pct: CropShare = 1.0
+    crop_mode: CropMode = "center"
     source: str = "the registered model"  # where these values come from
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.input_size[0]:
+            raise ValueError(f"mean {self.mean} and std {self.std} are not for {self.input_size[0]} channels")
+        return self
 
 
 class Kept(Frozen):
@@ -159,6 +210,15 @@ def _upgraded(block: dict[str, Any]) -> list[dict[str, Any]]:
             for axis in ("mlp_io", "mlp_hidden")
         ),
     ]
+
+
+def finite(data: Any) -> Any:
+    """Plain data in which None stands for every number that is infinite or none, since JSON has no such numbers."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def canonical_json(data: Any) -> str:

@@ -32,7 +32,7 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"plan"},
     {"atomic"},
     {"events"},
-    {"errors", "version"},
+    {"errors", "printable", "version"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 HEAVY = {"torch", "torchvision", "timm", "fvcore", "onnx", "onnxruntime", "accelerate", "numpy", "safetensors"}

@@ -50,6 +50,18 @@ def test_every_recipe_file_is_listed():
     assert files == {f"{name}.toml" for name in RECIPES}
 
 
+@pytest.mark.parametrize(("size", "kept"), [(224, 224), ([64, 16], (64, 16)), ([32, 32], 32), (["64", "16"], (64, 16))])
+def test_an_image_has_one_side_or_two(size, kept):
+    assert load_config(flags={"img_size": size}).img_size == kept
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_is_what_toml_and_torch_can_hold(seed):
+    with pytest.raises(ConfigError, match=f"seed = {seed}"):
+        load_config(flags={"seed": seed})
+    assert load_config(flags={"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -65,6 +77,13 @@ def test_every_recipe_file_is_listed():
         ("axes = []", ["axes: name at least one axis"]),
         ("temperature = 0.1", ["temperature_floor 0.3 is above temperature 0.1"]),
         ("lr = inf", ["lr = inf", "finite"]),
+        ('interpolation = "random"', ["interpolation = 'random'", "bicubic"]),
+        ("search_spread = 1e300", ["search_spread = 1e+300", "10000"]),
+        ("crop_pct = 0.001", ["crop_pct = 0.001", "0.05"]),
+        ("std = [0.5, 0.0, 0.5]", ["std = 0.0", "0.000001"]),
+        ("img_size = 30000", ["img_size = 30000", "2048", "height and width as 64,16"]),
+        ("img_size = [64, 16, 3]", ["img_size = [64, 16, 3]"]),
+        ("img_size = [[64], [16]]", ["img_size = ([64], [16])"]),
         (
             'ranking = "equal"\ntighten_steps = 2\nsearch_steps = 3',
             ["ranking equal ranks nothing; give tighten_steps 1"],

@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kcrprune.atomic import taken, write_atomically
+from kcrprune.checkpoints.clues import as_size
 from kcrprune.checkpoints.dense import Opened, open_dense
-from kcrprune.checkpoints.loading import build_quietly, check_outline
+from kcrprune.checkpoints.loading import build_quietly, check_finite, check_outline
 from kcrprune.checkpoints.preprocessing import Flags, overridden
+from kcrprune.checkpoints.shapes import Shapes, classes_of
 from kcrprune.containers.contents import digest, read_all
 from kcrprune.containers.safetensors_file import Header, is_safetensors, read_header
 from kcrprune.containers.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
-from kcrprune.plan import Architecture, ChannelPlan, Frozen, Preprocessing, canonical_json
+from kcrprune.measure.report import Recorded
+from kcrprune.plan import Architecture, ChannelPlan, Frozen, Preprocessing, canonical_json, sides
 from kcrprune.surgery.narrow import cut_
 
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
@@ -110,10 +113,12 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(stated))
         raise ConfigError(f"{path} is a kcrprune artifact and knows its network; leave {names} out")
     shapes = {name: ref.shape for name, ref in header.tensors.items()}
-    check_outline(contract.architecture, contract.plan, shapes, path)
+    outline = check_outline(contract.architecture, contract.plan, shapes, path)
+    _check_use(contract, outline, shapes, path)
     tensors = read_all(header.tensors, path.stat().st_size, path)
     if content_hash(tensors) != contract.content_hash:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were written (content hash differs)")
+    check_finite(tensors, path)
     model = build_quietly(contract.architecture)
     if contract.plan is not None:
         cut_(model, contract.plan)
@@ -132,6 +137,20 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
     )
 
 
+def _check_use(contract: Contract, outline: Any, shapes: Shapes, path: Path) -> None:
+    """CheckpointError where images or class names are not those of the network's inputs and outputs."""
+    size = as_size(getattr(outline.patch_embed, "img_size", None))
+    takes = (outline.in_chans, *sides(size)) if size else contract.preprocessing.input_size
+    if contract.preprocessing.input_size != takes:
+        raise CheckpointError(
+            f"{path} prepares images of {contract.preprocessing.input_size}, its network takes {takes} (channels, "
+            "height, width)"
+        )
+    names, classes = contract.class_names, classes_of(shapes)
+    if names is not None and classes and len(names) != classes:
+        raise CheckpointError(f"{path} names {len(names)} classes, its network has {classes}")
+
+
 def _contract(path: Path, text: str) -> Contract:
     raw = parse_object(text.encode(), f"the kcrprune metadata of {path}")
     written = raw.get("format")
@@ -143,8 +162,10 @@ def _contract(path: Path, text: str) -> Contract:
             "`pip install -U kcrprune` gives a newer one"
         )
     try:
-        return Contract.model_validate(raw)
+        contract = Contract.model_validate(raw)
+        Recorded.model_validate_json(canonical_json(contract.record))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])[:80]
         raise CheckpointError(f"{path} has damaged kcrprune metadata: {where}: {first['msg']}") from error
+    return contract

@@ -6,10 +6,11 @@ from typing import Any, Final
 
 from pydantic import JsonValue
 
+from kcrprune.plan import LARGEST_SIDE, as_sides
+
 # timm's arguments that shapes cannot tell; everything else is measured, so a file's word for it is not needed
 BELIEVED: Final = frozenset({"num_heads", "global_pool", "img_size", "window_size", "act_layer"})
 
-LARGEST_SIZE: Final = 2048  # ours; a file's word for an image's side is not taken beyond
 ASKED: Final = "as asked"  # the source of what the user said
 
 
@@ -27,6 +28,8 @@ class Clues:
     preprocessing: Mapping[str, JsonValue] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     resembles: str = ""  # how the name begins, where several networks fit
+    usual_size: JsonValue = None  # input of the network as registered, which may not be this one's
+    called: str = ""  # its name, where timm has none like it
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Evidence:
     """All clues of a checkpoint, most trusted first."""
 
     clues: tuple[Clues, ...] = ()
+    asked_size: int | tuple[int, int] | None = None  # the user's own word for the image
+
+    @property
+    def usual_size(self) -> JsonValue:
+        """The input of the network as registered, where a file tells it."""
+        return next((clue.usual_size for clue in self.clues if clue.usual_size is not None), None)
 
     def argument(self, name: str) -> tuple[JsonValue, str]:
         """The most trusted value of a timm argument with its source; (None, "") where nobody says."""
@@ -46,6 +55,11 @@ class Evidence:
     def names(self) -> tuple[tuple[str, str], ...]:
         """What the network is called, with the sources."""
         return tuple((clue.name, clue.source) for clue in self.clues if clue.name)
+
+    @property
+    def called(self) -> str:
+        """What the file calls the network though timm has no such name, with the source; "" where it does not."""
+        return next((f"{clue.source}: {clue.called}" for clue in self.clues if clue.called), "")
 
     @property
     def resembles(self) -> tuple[str, ...]:
@@ -71,11 +85,18 @@ def believed(arguments: Any) -> dict[str, JsonValue]:
     return {key: value for key, value in arguments.items() if key in BELIEVED and value is not None}
 
 
-def as_size(value: Any) -> int | None:
-    """A number from 1 to LARGEST_SIZE as itself, a pair of equal ones as one of them; None for anything else."""
-    sides = list(value) if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    numbers = [side for side in sides if type(side) is int and 0 < side <= LARGEST_SIZE]
-    return numbers[0] if len(numbers) == len(sides) and len(set(numbers)) == 1 else None
+def as_number(value: Any) -> int | None:
+    """A number from 1 to LARGEST_SIDE as itself, None for anything else."""
+    return value if type(value) is int and 0 < value <= LARGEST_SIDE else None
+
+
+def as_size(value: Any) -> int | tuple[int, int] | None:
+    """An image's size: a side from 1 to LARGEST_SIDE, or (height, width) where they differ; None for anything else."""
+    if not isinstance(value, list | tuple):
+        return as_number(value)
+    if len(value) != 2 or None in map(as_number, value):
+        return None
+    return as_sides(value)
 
 
 def as_text(value: Any) -> str | None:

@@ -1,23 +1,28 @@
 """Any dense network from a file or folder: recognised, brought to timm's names, checked."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import timm
 from torch import nn
 
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
 from kcrprune.checkpoints.inference import Inferred, infer
-from kcrprune.checkpoints.loading import load_dense
-from kcrprune.checkpoints.locate import locate
+from kcrprune.checkpoints.loading import check_finite, load_dense
+from kcrprune.checkpoints.locate import Located, locate
 from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
+from kcrprune.checkpoints.registry import bare_name
 from kcrprune.checkpoints.shapes import classes_of
 from kcrprune.checkpoints.statements import stated
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import digest, read_all, shapes_of
-from kcrprune.errors import ConfigError, UnsupportedModelError
+from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
-from kcrprune.plan import Architecture, ChannelPlan, Preprocessing
+from kcrprune.plan import Architecture, ChannelPlan, Preprocessing, as_sides, sides, size_text
+
+HUB: Final = re.compile(r"(hf-hub:)?[\w.-]+/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.ckpt)(?<!\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def open_dense(
     arch: str | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     interpolation: str | None = None,
@@ -56,20 +61,23 @@ def open_dense(
     be cut; ConfigError for a keyword that contradicts the file.
     """
     path = Path(path)
+    require_present(path)
     contents = open_container(path)
     located = locate(contents)
-    if located.layout.doubt and not located.trail and arch is None:
-        raise UnsupportedModelError(f"{path}: {located.layout.doubt}")
-    tensors = located.layout.convert(read_all(located.refs, contents.nbytes, path))
+    read = read_all(located.refs, contents.nbytes, path)
+    check_finite(read, path)
+    tensors = located.layout.convert(read)
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
-    evidence = Evidence((flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes)))
+    clues = (flags, *stated(contents, located, classes), located.layout.clues(contents.config, shapes))
+    evidence = Evidence(clues, as_sides(img_size))
+    require_clear(located, evidence, path)
     inferred = infer(shapes, evidence, path)
-    sized, size_notes = with_size(inferred, img_size)
+    sized, size_notes = with_size(inferred, evidence.asked_size)
     final, head_notes = with_head(sized, num_classes, path)
     new_head = bool(num_classes) and classes == 0
-    model, left_out = load_dense(final.architecture, tensors, path, new_head=new_head)
+    model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
     family = family_of(model).name
     return Opened(
         model=model,
@@ -78,7 +86,7 @@ def open_dense(
         plan=None,
         class_names=evidence.class_names,
         layout=f"{located.layout.name}, {contents.container}",
-        notes=(*located.notes(left_out), *inferred.notes, *size_notes, *head_notes),
+        notes=(*located.notes(left_out), *_called(evidence), *inferred.notes, *size_notes, *head_notes),
         path=path,
         digest=digest(contents.files),
         new_head=new_head,
@@ -86,14 +94,47 @@ def open_dense(
     )
 
 
-def with_size(inferred: Inferred, img_size: int | None) -> tuple[Inferred, tuple[str, ...]]:
+def require_present(path: Path) -> None:
+    """CheckpointError for what is no path here, with the way to the file where it is a name of timm's or the hub's."""
+    name = str(path)
+    if path.exists():
+        return
+    if timm.is_model(bare_name(name)):
+        raise CheckpointError(
+            f"there is no file {name}, and nothing is downloaded; timm has a network of that name: "
+            f"m = timm.create_model({bare_name(name)!r}, pretrained=True), then torch.save(m.state_dict(), 'model.pth')"
+        )
+    if HUB.fullmatch(name) and not path.parent.exists():
+        folder = name.rpartition("/")[2]
+        raise CheckpointError(
+            f"there is no file {name}, and nothing is downloaded; if it is a name of the Hugging Face hub, "
+            f"`hf download {name.removeprefix('hf-hub:')} --local-dir {folder}` fetches it; then name {folder}"
+        )
+    if not path.parent.exists():
+        raise CheckpointError(f"{path} does not exist, nor does the folder {path.parent}")
+
+
+def require_clear(located: Located, evidence: Evidence, path: Path) -> None:
+    """UnsupportedModelError where tensors of equal names are used in several ways and nothing says in which."""
+    layout = located.layout
+    by_wrapper = layout.settled_by == "wrapper" and located.trail and not evidence.called
+    if layout.doubt and not (evidence.names or by_wrapper or evidence.argument(layout.settled_by)[1]):
+        raise UnsupportedModelError(f"{path}: {layout.doubt}{''.join(f' ({note})' for note in _called(evidence))}")
+
+
+def _called(evidence: Evidence) -> tuple[str, ...]:
+    return (f"{evidence.called}, a name that timm does not know",) if evidence.called else ()
+
+
+def with_size(inferred: Inferred, img_size: int | tuple[int, int] | None) -> tuple[Inferred, tuple[str, ...]]:
     """The same network at the image size that the user asks for."""
     own, patch = inferred.img_size, inferred.patch_size
     if img_size is None or img_size == own:
         return inferred, ()
-    if img_size % patch:
-        raise ConfigError(f"--img-size {img_size} is no multiple of the patch size {patch}")
-    note = f"image size {img_size} in place of {own}: {ASKED}; timm resizes the position tables whose size changes"
+    if any(side % patch for side in sides(img_size)):
+        raise ConfigError(f"--img-size {size_text(img_size)} is no multiple of the patch size {patch}")
+    change = f"image size {size_text(img_size)} in place of {size_text(own)}"
+    note = f"{change}: {ASKED}; timm resizes the position tables whose size changes"
     return inferred.changed(img_size=img_size), (note,)
 
 

@@ -13,10 +13,11 @@ from kcrprune.checkpoints.clues import ASKED, Evidence, as_size
 from kcrprune.checkpoints.loading import build_outline
 from kcrprune.checkpoints.registry import Kind, Known, bare_name, known, table
 from kcrprune.checkpoints.shapes import Shapes, classes_of, measure
+from kcrprune.checkpoints.sizes import stated_size
 from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kcrprune.families import family_of
-from kcrprune.plan import Architecture
+from kcrprune.plan import Architecture, sides, size_text
 
 # a network of each kind whose arguments are overridden where no known one has the sizes
 PLAIN: Final[dict[Kind, str]] = {
@@ -48,15 +49,15 @@ class Inferred:
 
     architecture: Architecture
     in_chans: int
-    img_size: int
+    img_size: int | tuple[int, int]  # one number, or (height, width)
     patch_size: int
     num_classes: int
     certain: bool
     notes: tuple[str, ...]
 
-    def changed(self, **arguments: int) -> Self:
+    def changed(self, **arguments: Any) -> Self:
         """The same network with other arguments, of those named above."""
-        stated = {**self.architecture.arguments, **arguments}
+        stated = {**self.architecture.arguments, **{key: _json(value) for key, value in arguments.items()}}
         return replace(self, **arguments, architecture=self.architecture.model_copy(update={"arguments": stated}))
 
 
@@ -109,7 +110,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     """The registered network of these tensors; None where the file does not tell which, or contradicts them all."""
     name, why = _chosen(names, evidence)
     said: dict[str, JsonValue] = {key: evidence.argument(key)[0] for key in STATED}
-    said["img_size"] = as_size(said["img_size"])
+    said["img_size"] = _json(stated_size(evidence)[0] or as_size(evidence.usual_size))
     stated: dict[str, JsonValue] = {key: value for key, value in said.items() if value is not None}
     if not name or stated.get("act_layer", "gelu") not in tuple(ACTIVATIONS):
         return None
@@ -152,26 +153,19 @@ def _chosen(names: Sequence[str], evidence: Evidence) -> tuple[str, str]:
 
 def _base(measured: Known, evidence: Evidence) -> tuple[Known, bool, tuple[str, ...]]:
     """The registered network that the file's is described by, whether it is sure, and how that is known."""
-    ignored: list[str] = []
-    for name, source in evidence.names:
-        try:
-            row = _named(measured, name, source)
-        except ConfigError:
-            if source == ASKED:
-                raise
-            ignored.append(f"{source} names {name}, which this is not: ignored")
-        else:
-            sizes = "" if row.sizes == measured.sizes else f", with the sizes of the file: {_sizes(measured)}"
-            return row, True, (*ignored, f"architecture {row.name}: {source}{sizes}")
+    for name, source in evidence.names[:1]:
+        row = _named(measured, name, source)
+        sizes = "" if row.sizes == measured.sizes else f", with the sizes of the file: {_sizes(measured)}"
+        return row, True, (f"architecture {row.name}: {source}{sizes}",)
     ranked = sorted(_same_size(measured), key=lambda row: _distance(row, measured, evidence))
     if not ranked:
         row = known(PLAIN[measured.kind])
         note = f"architecture {row.name} with other sizes: timm knows none of {_sizes(measured)}"
-        return row, False, (*ignored, note)
+        return row, False, (note,)
     best = ranked[0]
     other = ", ".join(trait for trait in TRAITS if getattr(best, trait) != getattr(measured, trait))
     parts = f"sizes are the file's, which has other parts ({other})" if other else "sizes and parts are the file's"
-    return best, True, (*ignored, f"architecture {best.name}: its {parts}", *_twins(ranked))
+    return best, True, (f"architecture {best.name}: its {parts}", *_twins(ranked))
 
 
 def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
@@ -193,10 +187,10 @@ def _twins(ranked: Sequence[Known]) -> tuple[str, ...]:
 def _named(measured: Known, name: str, source: str) -> Known:
     row = known(name)
     if row.kind != measured.kind:
-        raise ConfigError(
-            f"the file holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}; leave it out or "
-            "name a network of the right kind"
-        )
+        sentence = f"the file holds a {KINDS[measured.kind]}, but {name} ({source}) is a {KINDS[row.kind]}"
+        if source == ASKED:
+            raise ConfigError(f"{sentence}; leave it out or name a network of the right kind")
+        raise CheckpointError(f"{sentence}; --arch says which it is")
     return row
 
 
@@ -216,7 +210,7 @@ def _distance(row: Known, measured: Known, evidence: Evidence) -> tuple[int, ...
         parts,
         row.act != "GELU",  # the plain one where the file cannot tell
         abs(row.patch_size - measured.patch_size),
-        abs(row.img_size - measured.img_size),
+        sum(abs(own - side) for own, side in zip(sides(row.img_size), sides(measured.img_size), strict=True)),
         row.num_classes != measured.num_classes,
         alike,
     )
@@ -269,7 +263,7 @@ def _image_note(measured: Known, shapes: Shapes, evidence: Evidence) -> str:
         masked = "layers.0.blocks.1.attn_mask" in shapes
         assumed = "not in the file, so the smallest whose last stage is one window (--img-size changes it)"
         source = "the attention masks" if masked else assumed
-    return f"image size {measured.img_size}, patches of {measured.patch_size}: {source}"
+    return f"image size {size_text(measured.img_size)}, patches of {measured.patch_size}: {source}"
 
 
 def _activation(measured: Known, base: Known, evidence: Evidence) -> tuple[str, tuple[str, ...]]:
@@ -323,4 +317,4 @@ def _changed(network: Known, base: Known, names: Sequence[str]) -> dict[str, Jso
 
 
 def _json(value: Any) -> JsonValue:
-    return list(value) if isinstance(value, tuple) else value
+    return [_json(part) for part in value] if isinstance(value, tuple) else value

@@ -12,8 +12,11 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from kcrprune.checkpoints.clues import as_size
+from kcrprune.checkpoints.leftovers import needed_inside, refuse
 from kcrprune.checkpoints.shapes import DEEPEST
 from kcrprune.checkpoints.signatures import is_registered
+from kcrprune.checkpoints.tables import biases, positions
 from kcrprune.containers.contents import Shape, check_memory, shapes_of, some
 from kcrprune.errors import CheckpointError
 from kcrprune.families import build, classifiers
@@ -35,34 +38,58 @@ ARGUMENTS: Final = {
 
 
 def load_dense(
-    architecture: Architecture, tensors: Tensors, path: Path, *, new_head: bool = False
+    architecture: Architecture, tensors: Tensors, path: Path, *, own: Architecture, new_head: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network of an architecture with these weights, and the names of those that it has no place for.
+    """The network of an architecture with these weights, and the names of those that it does without.
 
-    timm's conversion may rename and resize them.
+    `own` is the file's network, of the file's sizes: timm's conversion may rename and resize its tensors.
+    CheckpointError for one that has no place and is not training's own.
 
     The shapes are compared on the meta device first, so that nothing larger than the file is ever built. With
     `new_head` the file has no classifier and the network gets a fresh one.
     """
     outline = build_outline(architecture, path)
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     try:
-        fitted = fit(tensors, outline)
+        fitted = fit(tensors, outline, outline if own == architecture else build_outline(own, path))
     except UNBUILDABLE as error:  # timm trusts the names and shapes of what it converts
         raise CheckpointError(f"{path} has tensors that timm cannot convert: {str(error)[:200]}") from error
     heads = {name for name, module in outline.named_modules() if module in classifiers(outline)} if new_head else set()
     wanted = shapes_of(outline.state_dict())
     expected = {name: shape for name, shape in wanted.items() if name.rpartition(".")[0] not in heads}
     check_fit(expected, shapes_of(fitted), path)
+    unplaced = (fitted.keys() - wanted.keys()) | _lost(tensors, fitted)
+    refuse(needed_inside(unplaced, wanted), path)
     check_memory(_bytes(outline), path)
     model = build_quietly(architecture)
     model.load_state_dict({name: fitted[name] for name in expected}, strict=not new_head)
-    return model.float().eval(), tuple(sorted(fitted.keys() - wanted.keys()))
+    return model.float().eval(), tuple(sorted(unplaced))
+
+
+def _lost(tensors: Tensors, fitted: Tensors) -> set[str]:
+    """The tensors that timm's conversion leaves out without a word, such as `pre_logits`."""
+    arrived = {value.data_ptr() for value in fitted.values()}
+    return {name for name, value in tensors.items() if name not in fitted and value.data_ptr() not in arrived}
+
+
+def check_finite(tensors: Tensors, path: Path) -> None:
+    """CheckpointError that names the weights in which a number is infinite or none."""
+    wrong = sorted(
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()) and needed_inside([name])
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{path} has weights that are infinite or no numbers in single precision ({len(wrong)} tensors: "
+            f"{some(wrong)}); its training has diverged, or it is damaged: take an earlier checkpoint"
+        )
 
 
 def check_outline(
     architecture: Architecture, plan: ChannelPlan | None, shapes: Mapping[str, Shape], path: Path
-) -> None:
-    """CheckpointError where an architecture that a file states is not the network of the file's tensors.
+) -> nn.Module:
+    """The outline of a stated network; CheckpointError where it is not that of the file's tensors.
 
     Built on the meta device, so a false statement costs nothing.
     """
@@ -80,6 +107,7 @@ def check_outline(
         )
     if _count(dense) > LARGEST_CUT * max(_count(cut), 10**5):
         raise CheckpointError(f"{path} states a dense network more than {LARGEST_CUT} times as large as its weights")
+    return outline
 
 
 def _check_statement(architecture: Architecture, path: Path) -> None:
@@ -89,6 +117,8 @@ def _check_statement(architecture: Architecture, path: Path) -> None:
         raise CheckpointError(
             f"{path} names a network or an argument that kcrprune does not know: {architecture.name[:80]}"
         )
+    if "img_size" in arguments and as_size(arguments["img_size"]) is None:
+        raise CheckpointError(f"{path} states an image size that cannot be: {str(arguments['img_size'])[:80]}")
     stated = arguments.get("depths", arguments.get("depth", 1))
     depths = stated if isinstance(stated, list) else [stated]
     if len(depths) > DEEPEST or not all(type(depth) is int and 0 < depth <= DEEPEST for depth in depths):
@@ -110,32 +140,30 @@ def build_quietly(architecture: Architecture, *, device: str = "cpu") -> nn.Modu
         return build(architecture, device=device)
 
 
-def fit(tensors: Tensors, model: nn.Module) -> Tensors:
-    """The weights under the names and in the sizes that `model` wants, by timm's own conversion; in float32."""
-    floats = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
+    """The weights under the names and in the sizes that `model` wants, by timm's own conversion.
+
+    Tables of positions of two sides are resized from the sizes of `own`, since timm's conversion takes each for a
+    square where it can.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
+        resized = positions(tensors, model, own) | biases(tensors, model, own)
+        rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
         if isinstance(model, VisionTransformer):
-            return vision_transformer.checkpoint_filter_fn(floats, model, adapt_layer_scale=True)
+            return vision_transformer.checkpoint_filter_fn(rest, model, adapt_layer_scale=True) | resized
         convert: Any = import_module(type(model).__module__)  # where timm keeps the conversion of a class
-        return convert.checkpoint_filter_fn(floats, model)
+        return convert.checkpoint_filter_fn(rest, model) | resized
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:
-    """CheckpointError where a tensor is missing, has another shape, or has no place in the network's modules."""
+    """CheckpointError where a tensor is missing or has another shape."""
     missing = sorted(wanted.keys() - given.keys())
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} tensors of its network: {some(missing)}")
     for name in sorted(wanted):
         if given[name] != wanted[name]:
             raise CheckpointError(f"{path}: {name} has the shape {given[name]}, its network wants {wanted[name]}")
-    modules = {name.split(".")[0] for name in wanted}
-    strange = sorted(name for name in given.keys() - wanted.keys() if name.split(".")[0] in modules)
-    if strange:
-        raise CheckpointError(
-            f"{path} holds {len(strange)} tensors that timm's network has no place for ({some(strange)}), "
-            "so it is another network than it seems"
-        )
 
 
 def _bytes(outline: nn.Module) -> int:

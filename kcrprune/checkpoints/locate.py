@@ -9,6 +9,7 @@ from kcrprune.checkpoints.layouts import LAYOUTS
 from kcrprune.checkpoints.layouts.base import Layout
 from kcrprune.checkpoints.layouts.refused import REFUSED
 from kcrprune.checkpoints.layouts.timm import REGISTERED
+from kcrprune.checkpoints.leftovers import needed_beside, refuse, refuse_adapters
 from kcrprune.containers.contents import Contents, TensorRef, some
 from kcrprune.containers.modules import is_module, state_dict
 from kcrprune.errors import CheckpointError, UnsupportedModelError
@@ -70,12 +71,22 @@ def locate(contents: Contents) -> Located:
     for trail, refs in tables.items():
         if len(refs) > MOST_TENSORS:
             raise CheckpointError(f"{contents.path} holds {len(refs)} tensors, more than any network that can be cut")
+        refuse_adapters(refs, contents.path)
         found = _recognise(trail, refs)
         if found is None or found.layout is not REGISTERED:
             _refuse(contents, refs)
         if found:
+            refuse(_needed(refs, found), contents.path)
             return found
     raise CheckpointError(_nothing(contents, tables))
+
+
+def _needed(refs: Refs, found: Located) -> tuple[str, ...]:
+    """The tensors beside the network that it may not do without."""
+    preferred = any(word in found.prefix for word in PREFERRED)
+    copies = [prefix for prefix in _prefixes(refs, found.layout.anchor) if prefix and preferred]
+    beside = [name for name in found.left_out if not name.startswith(found.prefix)]
+    return needed_beside(beside, found.prefix, copies)
 
 
 def _refuse(contents: Contents, refs: Refs) -> None:
@@ -90,9 +101,9 @@ def _recognise(trail: tuple[str, ...], refs: Refs) -> Located | None:
     """The network in a table of tensors, in the first layout that matches."""
     for layout in LAYOUTS:
         for prefix in _prefixes(refs, layout.anchor):
-            found = _strip(refs, prefix, layout)
-            if layout.matches({name: ref.shape for name, ref in found.items()}):
-                return _located(trail, refs, found, prefix, layout)
+            names = _strip(refs, prefix, layout)
+            if layout.matches({name: refs[own].shape for name, own in names.items()}):
+                return _located(trail, refs, names, prefix, layout)
     return None
 
 
@@ -133,19 +144,17 @@ def _prefixes(refs: Refs, anchor: str) -> list[str]:
     return sorted(found, key=rank)
 
 
-def _strip(refs: Refs, prefix: str, layout: Layout) -> Refs:
-    """The tensors behind a prefix, and those that the layout keeps beside it."""
-    inside = {name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)}
+def _strip(refs: Refs, prefix: str, layout: Layout) -> dict[str, str]:
+    """The tensors behind a prefix, and those that the layout keeps beside it: names without it to those of the file."""
     parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
-    beside = {name: refs[parent + name] for name in layout.outside if parent + name in refs and name not in inside}
-    return inside | beside
+    beside = {name: parent + name for name in layout.outside if parent + name in refs}
+    return beside | {name.removeprefix(prefix): name for name in refs if name.startswith(prefix)}
 
 
-def _located(trail: tuple[str, ...], refs: Refs, found: Refs, prefix: str, layout: Layout) -> Located:
-    found = {name: ref for name, ref in found.items() if not name.startswith(layout.dropped)}
-    taken = {id(ref) for ref in found.values()}
-    left_out = tuple(sorted(name for name, ref in refs.items() if id(ref) not in taken))
-    return Located(found, layout, trail, prefix, left_out)
+def _located(trail: tuple[str, ...], refs: Refs, names: Mapping[str, str], prefix: str, layout: Layout) -> Located:
+    kept = {name: own for name, own in names.items() if not name.startswith(layout.dropped)}
+    left_out = tuple(sorted(refs.keys() - set(kept.values())))
+    return Located({name: refs[own] for name, own in kept.items()}, layout, trail, prefix, left_out)
 
 
 def _nothing(contents: Contents, tables: Mapping[tuple[str, ...], Refs]) -> str:

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import timm
 
-from kcrprune.checkpoints.clues import Evidence
+from kcrprune.checkpoints.clues import Clues, Evidence
 from kcrprune.checkpoints.inference import Inferred
-from kcrprune.errors import ConfigError
-from kcrprune.plan import Preprocessing
+from kcrprune.errors import CheckpointError, ConfigError
+from kcrprune.plan import LEAST_CROP, MOST_CROP, CropMode, Interpolation, Preprocessing, sides
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
-CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS, CROP_MODES = get_args(Interpolation), get_args(CropMode)
+STATED = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ def preprocessing_of(inferred: Inferred, evidence: Evidence, flags: Flags) -> Pr
     sources = [f"timm's {name}" + ("" if inferred.certain else ", assumed: the checkpoint does not say")]
     for clue in reversed(evidence.clues):
         stated = _usable(clue.preprocessing, channels)
+        _require_used(clue, stated, flags)
         values |= stated
         sources += [clue.source] if stated else []
     base = Preprocessing(
-        input_size=(channels, inferred.img_size, inferred.img_size),
+        input_size=(channels, *sides(inferred.img_size)),
         mean=_channels(values.get("mean"), channels, 0.5),
         std=_channels(values.get("std"), channels, 0.5),
         interpolation=values.get("interpolation") or "bicubic",
@@ -45,6 +46,17 @@ def preprocessing_of(inferred: Inferred, evidence: Evidence, flags: Flags) -> Pr
         source=sources[-1],
     )
     return overridden(base, flags)
+
+
+def _require_used(clue: Clues, usable: Mapping[str, Any], flags: Flags) -> None:
+    """CheckpointError for what a file states and cannot be used, where the user says nothing in its place."""
+    for key in STATED:
+        said = clue.preprocessing.get(key)
+        if said is not None and key not in usable and getattr(flags, key, None) is None:
+            raise CheckpointError(
+                f"{clue.source} states {key} {str(said)[:60]!r}, which cannot be used; correct it"
+                + (f", or --{key.replace('_', '-')} says it" if key in Flags.__dataclass_fields__ else "")
+            )
 
 
 def overridden(base: Preprocessing, flags: Flags) -> Preprocessing:
@@ -57,8 +69,8 @@ def overridden(base: Preprocessing, flags: Flags) -> Preprocessing:
     if wrong := sorted(stated.keys() - usable.keys()):
         values = ", ".join(f"{key} {stated[key]!r}" for key in wrong)
         raise ConfigError(
-            f"{values} cannot work: mean and std need {channels} numbers (std above 0), crop_pct one above 0, "
-            f"interpolation one of {', '.join(INTERPOLATIONS)}"
+            f"{values} cannot work: mean and std need {channels} numbers (std above 0), "
+            f"crop_pct {LEAST_CROP} to {MOST_CROP:g}, interpolation one of {', '.join(INTERPOLATIONS)}"
         )
     names = ", ".join(f"--{key.replace('_', '-')}" for key in stated)
     return base.model_copy(update={**usable, "source": f"{names}; else {base.source}"})
@@ -69,14 +81,14 @@ def _usable(stated: Mapping[str, Any], channels: int) -> dict[str, Any]:
     usable: dict[str, Any] = {}
     for key in ("mean", "std"):
         value = stated.get(key)
-        if _is_row(value, channels) and not (key == "std" and min(value) <= 0):
+        if _is_row(value, channels) and not (key == "std" and min(value) < 1e-6):
             usable[key] = tuple(float(number) for number in value)
     if stated.get("interpolation") in INTERPOLATIONS:
         usable["interpolation"] = stated["interpolation"]
     if stated.get("crop_mode") in CROP_MODES:
         usable["crop_mode"] = stated["crop_mode"]
     crop_pct = stated.get("crop_pct")
-    if _is_number(crop_pct) and 0.05 <= crop_pct <= 4:
+    if _is_number(crop_pct) and LEAST_CROP <= crop_pct <= MOST_CROP:
         usable["crop_pct"] = float(crop_pct)
     return usable
 

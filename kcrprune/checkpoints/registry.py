@@ -29,10 +29,10 @@ class Known:
     num_heads: int | tuple[int, ...]
     hidden: int  # units of the (first) MLP
     patch_size: int
-    img_size: int
+    img_size: int | tuple[int, int]
     num_classes: int = 1000
     in_chans: int = 3
-    window_size: int | tuple[int, ...] | None = None
+    window_size: int | tuple[Any, ...] | None = None  # one for all, one a stage, or (height, width) a stage
     qkv_bias: bool = True
     qk_norm: bool = False
     scale_attn_norm: bool = False

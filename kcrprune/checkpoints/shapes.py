@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from kcrprune.checkpoints.clues import Evidence, as_size
+from kcrprune.checkpoints.clues import Evidence
 from kcrprune.checkpoints.registry import Known
+from kcrprune.checkpoints.sizes import Size, stated_size, table_size, windowed_size
 from kcrprune.containers.contents import Shape
 from kcrprune.errors import CheckpointError, UnsupportedModelError
+from kcrprune.plan import sides
 
 Shapes = Mapping[str, Shape]
 DEEPEST = 160  # ours; timm's deepest network has 48 blocks
@@ -34,7 +36,7 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
     width, channels, patch = _patch(shapes)
     registers = next((_shape(shapes, name, 3)[1] for name in ("reg_token", "register_tokens") if name in shapes), 0)
     prefix = ("cls_token" in shapes) + ("dist_token" in shapes) + registers
-    grid, no_embed_class = _grid(shapes, prefix, evidence)
+    size, no_embed_class = _size(shapes, prefix, evidence)
     fc_norm = "fc_norm.weight" in shapes
     return Known(
         name="",
@@ -44,7 +46,7 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
         num_heads=0,
         hidden=_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
-        img_size=grid * patch,
+        img_size=size,
         num_classes=classes_of(shapes),
         in_chans=channels,
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
@@ -63,22 +65,17 @@ def _measure_vit(shapes: Shapes, evidence: Evidence) -> Known:
     )
 
 
-def _grid(shapes: Shapes, prefix: int, evidence: Evidence) -> tuple[int, bool]:
-    """Patches along one side, and whether the position table leaves the prefix tokens out."""
+def _size(shapes: Shapes, tokens: int, evidence: Evidence) -> tuple[Size, bool]:
+    """The image, and whether the position table leaves the `tokens` prefix tokens out."""
+    patch = _patch(shapes)[2]
     if "pos_embed" not in shapes:
-        said, _ = evidence.argument("img_size")
-        size, patch = as_size(said), _patch(shapes)[2]
-        if size is None or size % patch:
+        size, _ = stated_size(evidence)
+        if size is None or any(side % patch for side in sides(size)):
             raise UnsupportedModelError("it has no position table, so its positions are rotary or relative")
-        return size // patch, False
-    positions = _shape(shapes, "pos_embed", 3)[1]
-    if "register_tokens" in shapes:  # DINOv2's own file: its table has the class token but not the registers
-        prefix = 1
-    for tokens, without in ((positions - prefix, False), (positions, True)):
-        side = isqrt(max(tokens, 0))
-        if side > 0 and side * side == tokens:
-            return side, "register_tokens" in shapes or (without and prefix > 0)
-    raise UnsupportedModelError(f"the position table holds {positions} entries, which is no square image of patches")
+        return size, False
+    own_register = "register_tokens" in shapes  # DINOv2's own file: its table has the class token but not the registers
+    size, prefix = table_size(_shape(shapes, "pos_embed", 3)[1], (1 if own_register else tokens, 0), patch, evidence)
+    return size, own_register or prefix < tokens
 
 
 def _pool(shapes: Shapes, evidence: Evidence) -> str:
@@ -94,16 +91,13 @@ def _measure_swin(shapes: Shapes, evidence: Evidence) -> Known:
     width, channels, patch = _patch(shapes)
     stages = _count(shapes, r"layers\.(\d+)\.")
     depths = tuple(_count(shapes, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
-    windows, heads = [], []
+    positions, heads = [], []
     for stage, depth in enumerate(depths):
         _check_alike(shapes, [f"layers.{stage}.blocks.{index}." for index in range(depth)])
         entries, columns = _shape(shapes, f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
-        side = isqrt(entries)
-        if side * side != entries or side % 2 == 0:
-            raise UnsupportedModelError(f"stage {stage} has {entries} relative positions, which is no square window")
-        windows.append((side + 1) // 2)
+        positions.append(entries)
         heads.append(columns)
-    img_size, window = _swin_sizes(shapes, patch, windows, evidence)
+    img_size, window = windowed_size(shapes, patch, positions, evidence)
     return Known(
         name="",
         kind="swin",
@@ -122,28 +116,6 @@ def _measure_swin(shapes: Shapes, evidence: Evidence) -> Known:
         global_pool="avg",
         norm_eps=1e-5,
     )
-
-
-def _swin_sizes(
-    shapes: Shapes, patch: int, windows: list[int], evidence: Evidence
-) -> tuple[int, int | tuple[int, ...]]:
-    """Image and window, from what is said or else the smallest image whose last stage is one window.
-
-    timm shrinks a stage's window to the stage's grid where the grid is smaller, and so do the tables in the file.
-    """
-    last = len(windows) - 1
-    size = as_size(evidence.argument("img_size")[0]) or _masked_size(shapes, patch, windows[0])
-    size = size or patch * windows[-1] * 2**last
-    largest = max(windows)
-    grids = [-(-(size // patch) // 2**stage) for stage in range(len(windows))]
-    shrunk = all(window == min(largest, grid) for window, grid in zip(windows, grids, strict=True))
-    return size, largest if shrunk else tuple(windows)
-
-
-def _masked_size(shapes: Shapes, patch: int, window: int) -> int | None:
-    """The image size that an official file's attention mask (windows, T, T) was made for."""
-    mask = shapes.get("layers.0.blocks.1.attn_mask")
-    return None if mask is None else patch * window * isqrt(mask[0])
 
 
 def _patch(shapes: Shapes) -> tuple[int, int, int]:

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+import timm
+
 from kcrprune.checkpoints.clues import Clues, as_names, as_size, as_text, believed
 from kcrprune.checkpoints.locate import Located
 from kcrprune.checkpoints.registry import bare_name
-from kcrprune.checkpoints.signatures import is_registered
 from kcrprune.containers.contents import Contents
 from kcrprune.containers.modules import attributes, is_module, parts
 from kcrprune.containers.pickled_calls import Stub
@@ -45,7 +46,7 @@ def from_module(module: Stub) -> Clues:
         if as_text(held.get("global_pool")):
             arguments.setdefault("global_pool", held["global_pool"])
         if name.endswith(("patch_embed.", "patch_embeddings.")):
-            arguments.setdefault("img_size", as_size(held.get("img_size")) or as_size(held.get("image_size")))
+            arguments.setdefault("img_size", held.get("img_size") or held.get("image_size"))
     if len(heads) == 1:
         arguments["num_heads"] = heads.pop()
     norm_eps = epsilons[0] if len(set(epsilons)) == 1 else None
@@ -60,15 +61,13 @@ def from_timm(statement: Mapping[str, Any], source: str, classes: int) -> Clues:
     pretrained = statement.get("pretrained_cfg") or statement.get("preprocessing") or {}
     pretrained = pretrained if isinstance(pretrained, Mapping) else {}
     arguments = believed(statement) | believed(statement.get("model_args") or statement.get("arguments"))
-    input_size = pretrained.get("input_size")
-    if "img_size" not in arguments and isinstance(input_size, list) and len(input_size) == 3:
-        arguments["img_size"] = as_size(input_size[1:])
     labels = statement.get("label_names") or statement.get("class_names") or pretrained.get("label_names")
     name = as_text(statement.get("architecture")) or as_text(statement.get("arch"))
     return Clues(
         source=source,
-        name=name,
-        arguments=believed(arguments),
+        **_name(name),
+        arguments=arguments,
+        usual_size=_input_sides(pretrained),
         preprocessing=pretrained,
         class_names=as_names(labels, classes),
     )
@@ -76,15 +75,27 @@ def from_timm(statement: Mapping[str, Any], source: str, classes: int) -> Clues:
 
 def from_options(tree: Mapping[str, Any]) -> Clues:
     """The clues among the options that training code stores beside the weights: a name that timm knows, a size."""
+    source = "the options of the training"
     tables = [_table(tree.get(key)) for key in OPTIONS]
+    called = ""
     for table in (*tables, tree):
-        name = next(
-            (text for key in NAMES if (text := as_text(table.get(key))) and is_registered(bare_name(text))), None
-        )
-        if name:
-            arguments = believed(table) | believed(table.get("model_kwargs"))
-            return Clues(source="the options of the training", name=bare_name(name), arguments=arguments)
-    return Clues()
+        texts = [text for key in NAMES if (text := as_text(table.get(key)))]
+        if name := next((bare_name(text) for text in texts if timm.is_model(bare_name(text))), None):
+            arguments = {"img_size": _input_sides(table)} | believed(table) | believed(table.get("model_kwargs"))
+            return Clues(source=source, name=name, arguments=believed(arguments))
+        called = called or next(iter(texts), "")
+    return Clues(source=source, called=called)
+
+
+def _input_sides(stated: Mapping[str, Any]) -> Any:
+    """Height and width of an input_size (channels, height, width)."""
+    size = stated.get("input_size")
+    return list(size[1:]) if isinstance(size, list | tuple) and len(size) == 3 else None
+
+
+def _name(text: str | None) -> dict[str, Any]:
+    """A network's name as a clue; one that timm does not know is told, and decides nothing."""
+    return {"name" if text is None or timm.is_model(bare_name(text)) else "called": text}
 
 
 def from_preprocessor(stated: Mapping[str, Any]) -> Clues:
@@ -105,7 +116,8 @@ def from_preprocessor(stated: Mapping[str, Any]) -> Clues:
 def _side(size: Any) -> int | None:
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or [size.get("height"), size.get("width")]
-    return as_size(size)
+    found = as_size(size)
+    return min(found) if isinstance(found, tuple) else found
 
 
 def _at(tree: Any, trail: tuple[str, ...]) -> Any:

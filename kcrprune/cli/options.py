@@ -21,6 +21,7 @@ PANELS: Final = {  # the first setting of each group in the help
     "task": "The losses",
     "seed": "The machine",
 }
+SHAPES: Final = {"img_size": "SIDE|H,W"}
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
 NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
@@ -125,7 +126,7 @@ def _option(name: str) -> Parameter:
     info = typer.Option(
         *declarations,
         help=_help(name),
-        metavar="A,B,..." if kind is tuple else None,
+        metavar=SHAPES.get(name, "A,B,...") if kind is tuple else None,
         rich_help_panel=panel(name),
         show_default=False,
     )
@@ -134,13 +135,16 @@ def _option(name: str) -> Parameter:
 
 
 def _kind(name: str) -> Any:
-    """The type of a setting as Typer knows it; `tuple` for lists, which are written with commas."""
-    annotation = RunConfig.model_fields[name].annotation
+    """The type of a setting as Typer knows it; `tuple` for what may be a list, which is written with commas."""
+    kinds = _members(RunConfig.model_fields[name].annotation)
+    return tuple if any(get_origin(kind) is tuple for kind in kinds) else kinds[0]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that an annotation admits, without None."""
     if get_origin(annotation) in (Union, UnionType):
-        annotation = next(member for member in get_args(annotation) if member is not NoneType)
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return tuple if get_origin(annotation) is tuple else annotation
+        return [kind for member in get_args(annotation) for kind in _members(member) if kind is not NoneType]
+    return _members(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]
 
 
 def _help(name: str) -> str:

@@ -1,5 +1,6 @@
 """Everything that is printed: results to standard output, progress and errors to standard error."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,8 @@ from kcrprune.events import Listener
 from kcrprune.measure import tables
 from kcrprune.measure.report import Comparison, Inspection, ModelReport
 from kcrprune.measure.summary import notes_of, tables_of, to_markdown
+from kcrprune.plan import finite
+from kcrprune.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:  # these modules import torch
     from kcrprune.graphs import ExportResult
@@ -104,21 +107,28 @@ def _described(what: Comparison | Inspection | Sequence[ModelReport]) -> None:
 
 
 def _drawn(table: tables.Table) -> RichTable:
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(
+        title=Text(printable(table.title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     facts = table.header[0] == "" and len(table.header) == 2  # a list of facts reads from the left
     for index, name in enumerate(table.header):
-        drawn.add_column(Text(name), justify="left" if facts or index == 0 else "right", overflow="fold")
+        drawn.add_column(Text(printable(name)), justify="left" if facts or index == 0 else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     return drawn
 
 
 def _json(data: Any) -> None:
-    line(TypeAdapter(type(data)).dump_json(data, indent=2).decode())
+    plain = finite(TypeAdapter(type(data)).dump_python(data, mode="json"))
+    _console(sys.stdout).out(printable_json(json.dumps(plain, indent=2, ensure_ascii=False)), highlight=False)
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable_lines(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _console(stream: TextIO) -> Console:

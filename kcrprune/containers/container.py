@@ -18,7 +18,10 @@ FOLDER_FILES: Final = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
+CONFIGS: Final = ("config.json", "open_clip_config.json")  # beside the weights, best first
 SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 # beginnings of files that people mistake for checkpoints, and what to tell them
@@ -33,6 +36,12 @@ FOREIGN: Final[dict[bytes, str]] = {
     b"\xfd7zxz": "is compressed with xz; unpack it first",
     b"gguf": "is a GGUF file; only PyTorch and safetensors checkpoints are read",
     b"\x93numpy": "is a numpy array; only PyTorch and safetensors checkpoints are read",
+}
+FOREIGN_SUFFIXES: Final[dict[str, str]] = {
+    ".npz": "is a numpy archive (JAX, Flax), and timm reads those of ViTs: m = timm.create_model(NAME, "
+    "checkpoint_path=FILE), then torch.save(m.state_dict(), 'model.pth') writes what opens here",
+    ".distcp": "is a part of a distributed checkpoint of PyTorch; name its folder, which tells the way on",
+    ".onnx": "is an ONNX graph, which cannot be trained or cut; name the checkpoint it came from",
 }
 
 
@@ -52,6 +61,11 @@ def open_container(path: Path) -> Contents:
 
 def _open_folder(folder: Path) -> Contents:
     present = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint of PyTorch; join its parts first: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pth"
+        )
     present = present or sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not present:
         raise CheckpointError(f"the folder {folder} holds no weights ({', '.join(SUFFIXES)})")
@@ -63,10 +77,11 @@ def _open_folder(folder: Path) -> Contents:
 
 def _with_neighbours(contents: Contents, folder: Path) -> Contents:
     """The contents with the JSON files that lie beside them."""
-    config, preprocessor = (folder / name for name in ("config.json", "preprocessor_config.json"))
+    config = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    preprocessor = folder / "preprocessor_config.json"
     return replace(
         contents,
-        config=read_object(config) if config.is_file() else {},
+        config=read_object(config) if config else {},
         preprocessor=read_object(preprocessor) if preprocessor.is_file() else {},
     )
 
@@ -97,6 +112,8 @@ def _inside(folder: Path, name: str) -> Path:
 
     Hugging Face's cache is the exception: there every file is a link from snapshots/<revision> into ../../blobs.
     """
+    if "\0" in name:
+        raise CheckpointError(f"{folder} refers to {name[:200]!r}, which is no name of a file")
     file = folder / name
     home = folder.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -121,12 +138,10 @@ def _open_file(path: Path) -> Contents:
 def _reader(path: Path, start: bytes) -> Callable[[Path], Contents]:
     if is_safetensors(path):
         return _safetensors
+    if path.suffix in FOREIGN_SUFFIXES:
+        raise CheckpointError(f"{path} {FOREIGN_SUFFIXES[path.suffix]}")
     if start.startswith(b"PK"):
         return _zip
-    if path.suffix == ".onnx":
-        raise CheckpointError(
-            f"{path} is an ONNX graph, which cannot be trained or cut; name the checkpoint it came from"
-        )
     if start[257:262] == b"ustar":
         raise CheckpointError(
             f"{path} is a tar archive; unpack it first (torch before 0.1.10 wrote such files, not read)"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kcrprune.errors import CheckpointError
+from kcrprune.printable import printable
 
 Shape = tuple[int, ...]
 
@@ -95,8 +96,3 @@ def check_memory(needed: int, path: Path) -> None:
 def some(names: Sequence[str]) -> str:
     """The first three of a file's names for people."""
     return ", ".join(printable(name, 60) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def printable(text: str, most: int = 200) -> str:
-    """The beginning of a stranger's text for people; it may hold anything, also terminal codes."""
-    return text[:most] if text.isprintable() else repr(text[:most])

@@ -12,9 +12,10 @@ from typing import Final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kcrprune.containers.contents import TensorRef, printable
+from kcrprune.containers.contents import TensorRef
 from kcrprune.containers.strict_json import LARGEST
 from kcrprune.errors import CheckpointError
+from kcrprune.printable import printable
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -47,7 +48,7 @@ def read_header(path: Path) -> Header:
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or cut short: {printable(str(error))}") from error
+        raise CheckpointError(f"{path} is damaged or cut short: {printable(str(error), 200)}") from error
     return Header({name: _ref(path, opened, name) for name in opened.keys()}, opened.metadata() or {})  # noqa: SIM118 (no mapping)
 
 
@@ -55,7 +56,7 @@ def _ref(path: Path, opened: safe_open, name: str) -> TensorRef:
     tensor = opened.get_slice(name)
     kind, shape = tensor.get_dtype(), tuple(tensor.get_shape())
     if kind not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {printable(name)} has the type {kind}, which is not read")
+        raise CheckpointError(f"{path}: tensor {printable(name, 200)} has the type {kind}, which is not read")
     return TensorRef(DTYPES[kind], shape, partial(opened.get_tensor, name))
 
 

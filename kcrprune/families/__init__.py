@@ -1,7 +1,7 @@
 """Which networks kcrprune knows, and where their channels lie."""
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import timm
 import torch
@@ -86,9 +86,14 @@ def contract_of(model: nn.Module, image: Tensor | tuple[int, int, int]) -> Contr
     return Contract(tuple(sorted(groups, key=lambda group: first[group.site])), positions, pairs)
 
 
+def _of_timm(value: Any) -> Any:
+    """An argument as timm writes it: with tuples where JSON has lists."""
+    return tuple(map(_of_timm, value)) if isinstance(value, list) else value
+
+
 def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
     """The dense network of an architecture with fresh weights, in eval mode."""
-    arguments = cast(dict[str, Any], dict(architecture.arguments))
+    arguments = {name: _of_timm(value) for name, value in architecture.arguments.items()}
     with torch.device(device):
         model = timm.create_model(architecture.name, pretrained=False, **arguments)
     if architecture.norm_eps is not None:

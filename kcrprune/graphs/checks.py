@@ -13,10 +13,10 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from kcrprune.errors import CheckpointError
 from kcrprune.graphs import wire
-from kcrprune.plan import Preprocessing
+from kcrprune.plan import LARGEST_SIDE, MOST_CHANNELS, Preprocessing, sides
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf cannot hold more
-LARGEST_IMAGE = (64, 4096, 4096)  # ours: channels, height, width
+LARGEST_IMAGE: Final = (MOST_CHANNELS, LARGEST_SIDE, LARGEST_SIDE)
 FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
@@ -134,10 +134,11 @@ def image_input(graph: GraphProto) -> ValueInfoProto:
     return inputs[0]
 
 
-def input_size(image: ValueInfoProto, img_size: int | None) -> tuple[int, int, int]:
+def input_size(image: ValueInfoProto, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     """Channels, height and width of the input; `img_size` fills in what the graph leaves open."""
     fixed = [dim.dim_value if dim.dim_value > 0 else None for dim in image.type.tensor_type.shape.dim]
-    channels, height, width = fixed[1], fixed[2] or img_size, fixed[3] or img_size
+    asked = (None, None) if img_size is None else sides(img_size)
+    channels, height, width = fixed[1], fixed[2] or asked[0], fixed[3] or asked[1]
     if channels is None or height is None or width is None:
         raise CheckpointError("its input leaves the size of the images open; say it with --img-size")
     size = (channels, height, width)

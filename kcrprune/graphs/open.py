@@ -26,7 +26,7 @@ class OnnxModel:
     ONNX Runtime loads the graph at the first call, so that looking at a file runs nothing of it.
     """
 
-    def __init__(self, path: Path, model: ModelProto, *, img_size: int | None = None) -> None:
+    def __init__(self, path: Path, model: ModelProto, *, img_size: int | tuple[int, int] | None = None) -> None:
         self.path = path
         self.file_bytes = path.stat().st_size + checks.external_bytes(model, path.resolve().parent)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -115,10 +115,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def open_onnx(path: Path, *, img_size: int | None = None) -> OnnxModel:
+def open_onnx(path: Path, *, img_size: int | tuple[int, int] | None = None) -> OnnxModel:
     """The graph in a file, checked: whole, images in and logits out, no data from outside its folder.
 
-    `img_size` is the height and width for a graph that leaves them open. CheckpointError for anything else.
+    `img_size` is the side, or height and width, for a graph that leaves them open. CheckpointError for anything else.
     """
     path = Path(path)
     try:

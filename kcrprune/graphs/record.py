@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kcrprune.errors import CheckpointError
-from kcrprune.measure.report import BlockWidths, block_widths
+from kcrprune.measure.report import BlockWidths, Count, block_widths
 from kcrprune.plan import Architecture, ChannelPlan, Preprocessing, canonical_json
 from kcrprune.version import __version__
 
@@ -30,9 +30,9 @@ class GraphRecord(BaseModel):
     class_names: tuple[str, ...] | None = None
     plan_digest: str | None = None  # sha256 of the plan's canonical JSON
     blocks: tuple[BlockWidths, ...] | None = None
-    parameters: NonNegativeInt | None = None
-    macs: NonNegativeInt | None = None
-    dense_macs: PositiveInt | None = None
+    parameters: Count | None = None
+    macs: Count | None = None
+    dense_macs: Annotated[Count, Field(gt=0)] | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The record as key and text; what is not known has no key."""

@@ -3,11 +3,21 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from kcrprune.plan import PER_HEAD, Axis, ChannelPlan, Frozen, Kept, Preprocessing
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 State = Literal["dense", "pruned", "onnx"]
 
 
@@ -62,6 +72,16 @@ class Accuracy(Frozen):
     top5: Share | None = None
     loss: float | None = None  # cross-entropy in nats
     agreement: Share | None = None  # how often the dense network names the same class
+
+
+class Recorded(BaseModel):
+    """The figures that an artifact states of itself; whatever else its record holds is left alone."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, strict=True)
+
+    dense_macs: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    kernel: KernelFigures | None = None
+    accuracy: Accuracy | None = None
 
 
 class ModelReport(Frozen):

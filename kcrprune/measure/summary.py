@@ -186,7 +186,7 @@ def to_markdown(what: Comparison | Inspection | ModelReport | Sequence[ModelRepo
         what = (what,)
     parts = [f"# {tables.escaped(_title(what))}", *map(tables.markdown, tables_of(what))]
     if isinstance(what, Comparison):
-        said = [f"`{name} = {json.dumps(value)}`" for name, value in what.settings.items()]
+        said = [tables.code(f"{name} = {json.dumps(value)}") for name, value in what.settings.items()]
         parts.append("\n".join(["## Configuration", "", ", ".join([*said, "and all of it in `config.toml`."])]))
     if notes := notes_of(what):
         parts.append("\n".join(["## Notes", "", *(f"- {tables.escaped(note)}" for note in notes)]))

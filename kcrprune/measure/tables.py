@@ -1,6 +1,10 @@
 """Tables of text for people: numbers with their units, and Markdown."""
 
+import re
 from dataclasses import dataclass
+from html import escape
+
+from kcrprune.printable import printable
 
 ABSENT = "-"
 
@@ -26,8 +30,15 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, safe between two bars."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    """`text` on one line, safe between two bars, and read by Markdown and HTML as nothing but text."""
+    plain = escape(printable(" ".join(text.split())), quote=False)
+    return re.sub(r"([\\|`\[\]])", r"\\\1", plain)
+
+
+def code(text: str) -> str:
+    """`text` as code within a line, whatever backticks it holds."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{text}{ticks}" if ticks == "`" else f"{ticks} {text} {ticks}"
 
 
 def count(number: float) -> str:

@@ -14,6 +14,7 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
+from kcrprune.plan import finite
 from kcrprune.run.context import Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
@@ -21,6 +22,7 @@ from kcrprune.run.folder import RECORD, REPORT, STORE
 from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.opening import Network, Pool, as_used
+from kcrprune.run.shared import without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
 
@@ -74,6 +76,8 @@ def save(
         settings=config.model_dump(mode="json", exclude_defaults=True),
         notes=tuple(told.notes),
     )
+    places = (config.data, config.class_map, network.opened.path, folder)
+    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), places))
     write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
@@ -86,7 +90,7 @@ def save(
 def _write_model(
     folder: Path, context: Context, network: Network, pool: Pool, cut: Cut, recovery: Recovery | None, found: Measured
 ) -> None:
-    opened, fresh = network.opened, folder / STORE / MODEL_FILE
+    opened, fresh, config = network.opened, folder / STORE / MODEL_FILE, as_used(context.settings, network)
     fresh.unlink(missing_ok=True)
     save_model(
         fresh,
@@ -96,7 +100,7 @@ def _write_model(
         preprocessing=opened.preprocessing,
         class_names=opened.class_names or pool.images.class_names,
         record={
-            "config": as_used(context.settings, network).model_dump(mode="json"),
+            "config": without_places(config.model_dump(mode="json"), (config.data, config.class_map)),
             "dense_digest": opened.digest,
             "dense_macs": network.cost.dense,
             "kernel": found.kernel.model_dump(mode="json"),
@@ -129,7 +133,7 @@ def to_lines(histories: Mapping[str, list[dict[str, int | float | None]]]) -> st
 
 def write_json(path: Path, data: Any) -> None:
     """Readable JSON with a final newline."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ def save(path: Path, tiny: Tiny, *, seed: int | None = 1) -> torch.nn.Module:
         model,
         architecture=tiny.architecture,
         plan=plan,
-        preprocessing=PREPROCESSING,
+        preprocessing=PREPROCESSING.model_copy(update={"input_size": tiny.input_size}),
         class_names=("a", "b", "c", "d", "e"),
         record={"seed": 1, "nested": {"loss": 0.5}},
     )
@@ -56,7 +56,7 @@ def test_round_trip(tiny, seed, tmp_path):
     opened = open_model(tmp_path / "model.safetensors")
     assert torch.equal(opened.model(tiny.images()), model(tiny.images()))
     assert opened.architecture == tiny.architecture
-    assert opened.preprocessing == PREPROCESSING
+    assert opened.preprocessing == PREPROCESSING.model_copy(update={"input_size": tiny.input_size})
     assert opened.class_names == ("a", "b", "c", "d", "e")
     assert opened.record == {"seed": 1, "nested": {"loss": 0.5}}
     assert (opened.plan is None) == (seed is None)

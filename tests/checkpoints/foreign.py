@@ -17,10 +17,12 @@ HF_SIZES: dict[str, Any] = {
 }  # fmt: skip
 HF_VIT: dict[str, Any] = HF_SIZES | {"intermediate_size": 64}
 FIVE: dict[str, Any] = {"num_labels": 5}
+CLIP_SIZES: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2}  # OpenAI's heads have 64 channels
 LABELLED: dict[str, Any] = HF_VIT | FIVE
 HF_SWIN: dict[str, Any] = {
     "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4,
 }  # fmt: skip
+HF_DETECTOR: dict[str, Any] = HF_SWIN | {"out_features": ["stage1", "stage2"]}
 DECODER: dict[str, Any] = {
     "mask_ratio": 0.0, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
@@ -141,6 +143,29 @@ FOREIGN = (
     Foreign("Hugging Face CLIP",
             lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**HF_VIT, projection_dim=5)), ways.hf_folder,
             "Hugging Face CLIP", lambda model, images: model(images).image_embeds),
+    Foreign("Hugging Face SigLIP", lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**HF_VIT)), ways.hf_folder,
+            "Hugging Face SigLIP", lambda model, images: model(images).pooler_output),
+    Foreign("timm SigLIP", ways.timm_vit("vit_base_patch16_siglip_224"), ways.whole, "timm ViT"),
+    Foreign("OpenAI CLIP",
+            lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**(HF_VIT | CLIP_SIZES), projection_dim=5)),
+            ways.torch_file(ways.whole_clip), "OpenAI CLIP", lambda model, images: model(images).image_embeds),
+    Foreign("OpenCLIP's own ViT, folder",
+            lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**HF_VIT, projection_dim=5, hidden_act="gelu")),
+            ways.open_clip_folder, "OpenCLIP", lambda model, images: model(images).image_embeds),
+    Foreign("OpenAI's image tower alone",
+            lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(**HF_VIT, projection_dim=5)),
+            ways.torch_file(ways.openai_clip), "OpenCLIP", lambda model, images: model(images).image_embeds,
+            {"arch": "vit_base_patch32_clip_quickgelu_224", "num_heads": 4}),
+    Foreign("mmpretrain ViT", ways.timm_vit("deit3_small_patch16_224"), ways.torch_file(ways.mmpretrain_vit),
+            "mmpretrain ViT", options=TWO),
+    Foreign("mmpretrain Swin", ways.timm_swin(), ways.torch_file(ways.openmmlab_swin()), "OpenMMLab Swin"),
+    Foreign("mmdet Swin", ways.timm_swin(), ways.torch_file(ways.openmmlab_swin(norms=True)), "OpenMMLab Swin",
+            timm_features),
+    Foreign("Swin of the authors' detectors", ways.timm_swin(), ways.torch_file(ways.detectors_swin), "official Swin",
+            timm_features),
+    Foreign("Hugging Face Swin of a detector",
+            lambda: T.SwinBackbone(T.SwinConfig(**HF_DETECTOR)), ways.hf_folder,
+            "Hugging Face Swin", lambda model, images: model(images).feature_maps[-1].mean((2, 3))),
     Foreign("DINOv2", lambda: T.Dinov2Model(T.Dinov2Config(**HF_SIZES)), ways.torch_file(ways.facebook_dinov2()),
             "DINOv2", class_token, FOUR),
     Foreign("DINOv2 with registers", lambda: T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**HF_SIZES)),

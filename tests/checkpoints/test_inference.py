@@ -136,12 +136,28 @@ def test_an_arch_that_cannot_be_is_refused(unsaid, arch, error, sentence):
         open_model(unsaid, arch=arch)
 
 
-def test_a_config_beside_the_file_that_is_another_network_is_ignored_and_said(tmp_path):
-    save_file(state(embed_dim=192, num_heads=3, depth=12), tmp_path / "vit.safetensors")
+def test_a_config_beside_the_file_that_is_another_network_is_refused_unless_arch_decides(tmp_path):
+    path = tmp_path / "vit.safetensors"
+    save_file(state(embed_dim=192, num_heads=3, depth=12), path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "swin_tiny_patch4_window7_224"}))
-    opened = open_model(tmp_path / "vit.safetensors")
-    assert opened.architecture.name == "vit_tiny_patch16_224"
-    assert any("config.json names swin_tiny_patch4_window7_224, which this is not" in note for note in opened.notes)
+    with pytest.raises(CheckpointError, match=r"but swin_tiny\w+ \(config.json\) is a SwinTransformer; --arch"):
+        open_model(path)
+    assert open_model(path, arch="vit_tiny_patch16_224").architecture.name == "vit_tiny_patch16_224"
+
+
+def test_a_name_that_timm_does_not_know_is_told(tmp_path):
+    torch.save({"state_dict": state(), "args": {"arch": "my_vit"}}, tmp_path / "vit.pth")
+    notes = open_model(tmp_path / "vit.pth", num_heads=2).notes
+    assert "the options of the training: my_vit, a name that timm does not know" in notes
+
+
+@pytest.mark.parametrize("name", ["rope_axial_deit_small_patch16_LS", "vit_small_patch16_rope_224"])
+def test_a_rotary_vit_is_no_deit_iii(tmp_path, name):
+    weights = ways.official_deit3(dict(ways.timm_vit("deit3_small_patch16_224")().state_dict()))
+    torch.save(weights | {"args": {"model": name}}, tmp_path / "vit.pth")
+    with pytest.raises(UnsupportedModelError, match=f"{name}"):
+        open_model(tmp_path / "vit.pth", num_heads=2)
+    assert open_model(tmp_path / "vit.pth", num_heads=2, arch="deit3_small_patch16_224").architecture.family == "vit"
 
 
 @pytest.mark.parametrize("size", [16, 48])

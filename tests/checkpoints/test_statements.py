@@ -174,19 +174,10 @@ def test_the_moving_average_is_preferred_and_said(tmp_path):
     assert "weights: state_dict_ema, the moving average (EMA) of a timm training checkpoint" in opened.notes
 
 
-def test_tensors_that_are_not_the_networks_are_named_without_their_terminal_codes(tmp_path):
-    state = dict(ways.timm_vit()().state_dict()) | {"extra\x1b[31m": torch.zeros(1), "optimizer": torch.zeros(1)}
-    save_file(
-        {f"net.{name}": value for name, value in state.items()} | {"lr": torch.zeros(1)}, tmp_path / "x.safetensors"
-    )
-    notes = open_model(tmp_path / "x.safetensors", num_heads=2).notes
-    assert "prefix 'net.' removed" in notes
-    assert "3 tensors that are not the network's left out: lr, 'extra\\x1b[31m', optimizer" in notes
-
-
 @pytest.mark.parametrize(
     ("value", "size"),
-    [(32, 32), ([32, 32], 32), ((7, 7), 7), ([32, 16], None), (0, None), (True, None), (4096, None), ("32", None),
+    [(32, 32), ([32, 32], 32), ((7, 7), 7), ([32, 16], (32, 16)), ([32, 4096], None),
+     (0, None), (True, None), (4096, None), ("32", None),
      ([[1], [1]], None), (None, None), ([32.0, 32.0], None)],
 )  # fmt: skip
 def test_a_files_word_for_a_size(value, size):

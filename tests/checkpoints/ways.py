@@ -214,3 +214,104 @@ def open_clip(state: State) -> State:
 def old_patches(state: State) -> State:
     """timm's first ViTs: the patch embedding as a matrix."""
     return state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
+
+
+def openai_clip(state: State) -> State:
+    """Hugging Face's CLIP image tower under the names of OpenAI: joined q, k and v, the projection turned."""
+    plain = {"self_attn.out_proj": "attn.out_proj", "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    outer = {
+        "embeddings.patch_embedding": "conv1",
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
+        "encoder.layers": "transformer.resblocks",
+    }
+    converted: State = {}
+    for name, value in state.items():
+        new = name.removeprefix("vision_model.")
+        for old, replacement in (plain | outer).items():
+            new = new.replace(old, replacement)
+        if "q_proj." in name:
+            value = torch.cat([state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            new = new.replace("self_attn.q_proj.", "attn.in_proj_")
+        if not any(part in name for part in ("k_proj.", "v_proj.", "visual_projection")):
+            converted[new] = value
+    return converted | {"proj": state["visual_projection.weight"].T.contiguous()}
+
+
+def whole_clip(state: State) -> State:
+    """Image tower, text tower and the three numbers that the files of OpenAI have."""
+    text = {"transformer.resblocks.0.ln_1.weight": torch.zeros(4), "positional_embedding": torch.zeros(7, 4)}
+    numbers = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size", "logit_scale")}
+    return prefixed("visual.")(openai_clip(state)) | text | numbers
+
+
+def open_clip_folder(model: nn.Module, folder: Path) -> Path:
+    """OpenCLIP's folder for the Hugging Face hub."""
+    import json
+
+    torch.save(prefixed("visual.")(openai_clip(dict(model.state_dict()))), folder / "open_clip_pytorch_model.bin")
+    vision = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8}
+    config = {"model_cfg": {"vision_cfg": vision, "quick_gelu": False}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+MM = {
+    "patch_embed.proj.": "patch_embed.projection.", "mlp.fc1.": "ffn.layers.0.0.", "mlp.fc2.": "ffn.layers.1.",
+}  # fmt: skip
+
+
+def _in_words_of(state: State, words: dict[str, str]) -> State:
+    renamed: State = {}
+    for name, value in state.items():
+        new = name
+        for old, replacement in words.items():
+            new = new.replace(old, replacement)
+        renamed[new] = value
+    return renamed
+
+
+def mmpretrain_vit(state: State) -> dict[str, Any]:
+    """The ViT of mmpretrain with its classifier."""
+    own = {name: value for name, value in state.items() if not name.startswith("head.")}
+    blocks = {".norm1.": ".ln1.", ".norm2.": ".ln2.", "blocks.": "layers.", "ls1.gamma": "attn.gamma1.weight"}
+    named = _in_words_of(own, MM | blocks | {"ls2.gamma": "ffn.gamma2.weight"})
+    named = {("ln1" + name.removeprefix("norm") if name.startswith("norm.") else name): named[name] for name in named}
+    head = {f"head.layers.head.{part}": state[f"head.{part}"] for part in ("weight", "bias")}
+    return {"meta": {"epoch": 1}, "state_dict": prefixed("backbone.")(named) | head}
+
+
+def openmmlab_swin(*, norms: bool = False) -> Callable[[State], dict[str, Any]]:
+    """The Swin of mmpretrain, or of mmdet with a norm behind each stage; patch merging as its converter writes it."""
+
+    def merged(name: str, value: Tensor) -> Tensor:
+        if "downsample." not in name:
+            return value
+        columns = value.reshape(*value.shape[:-1], 4, -1)[..., [0, 2, 1, 3], :]
+        return columns.transpose(-1, -2).reshape(value.shape)
+
+    def convert(state: State) -> dict[str, Any]:
+        own = {name: merged(name, value) for name, value in state.items() if not name.startswith("head.")}
+        attention = {"attn.": "attn.w_msa.", "layers.1.downsample": "layers.0.downsample"}
+        named = {name.replace("layers.", "stages.", name.startswith("layers.")): value
+                 for name, value in _in_words_of(own, attention).items()}  # fmt: skip
+        named = _in_words_of(named, MM)
+        last = "norm1."
+        backbone = {(last + name[5:] if name.startswith("norm.") else name): named[name] for name in named}
+        beside = {"head.fc.weight": state["head.fc.weight"], "head.fc.bias": state["head.fc.bias"]}
+        if norms:
+            beside = {"neck.lateral_convs.0.conv.weight": torch.zeros(1)}
+            backbone |= {"norm0.weight": torch.zeros(16), "norm0.bias": torch.zeros(16)}
+        return {"state_dict": prefixed("backbone.")(backbone) | beside}
+
+    return convert
+
+
+def detectors_swin(state: State) -> dict[str, State]:
+    """The Swin of the authors' detectors: official names, a norm behind each stage, no classifier."""
+    own = {name: value for name, value in official_swin(state)["model"].items() if not name.startswith("head.")}
+    named = {("norm1." + name[5:] if name.startswith("norm.") else name): value for name, value in own.items()}
+    norms = {"norm0.weight": torch.zeros(16), "norm0.bias": torch.zeros(16)}
+    return {"state_dict": prefixed("backbone.")(named | norms) | {"rpn_head.rpn_conv.weight": torch.zeros(1)}}

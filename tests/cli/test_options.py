@@ -53,6 +53,12 @@ def test_every_kind_of_flag_reaches_the_configuration(pipeline):
     )
 
 
+@pytest.mark.parametrize(("words", "size"), [("64,16", (64, 16)), ("224", 224), ("32, 32", 32)])
+def test_an_image_size_is_one_side_or_two(pipeline, words, size):
+    assert run(["inspect", "vit.pth", "--img-size", words]) == 0
+    assert pipeline.asked["config"].img_size == size
+
+
 def test_flags_win_over_the_file(pipeline, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('recipe = "no-train"\nseed = 1\nbatch_size = 8\n')

@@ -1,6 +1,7 @@
 """Paths that are no checkpoint end in one sentence; folders and shards open, and lead nowhere else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -27,6 +28,8 @@ MISTAKEN = {
     "keras.h5": (b"\x89HDF\r\n\x1a\n", "HDF5"),
     "packed.pth": (b"\x1f\x8b\x08", "gzip; unpack it first"),
     "array.npy": (b"\x93NUMPY\x01", "numpy array"),
+    "augreg.npz": (b"PK\x03\x04", r"JAX, Flax.*checkpoint_path=FILE.*torch.save"),
+    "__0_0.distcp": (b"PK\x03\x04", "name its folder"),
     "llama.gguf": (b"GGUF\x03", "GGUF"),
     "config.json": (b'{"a": 1}', "is a JSON text and no weights"),
     "graph.onnx": (b"\x08\x0a\x12\x07", "is an ONNX graph"),
@@ -43,6 +46,30 @@ def test_a_mistaken_file_is_one_sentence(tmp_path, name):
         open_model(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_distributed_checkpoint_is_to_be_joined(tmp_path):
+    (tmp_path / "__0_0.distcp").write_bytes(b"PK")
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"format_utils dcp_to_torch .* model.pth"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("vit_tiny_patch16_224", r"timm.create_model\('vit_tiny_patch16_224', pretrained=True\)"),
+        ("resnet50.a1_in1k", r"timm.create_model\('resnet50'"),
+        ("google/vit-base-patch16-224", r"hf download google/vit-base-patch16-224 --local-dir vit-base-patch16-224"),
+        ("hf-hub:laion/CLIP-ViT-B", "hf download laion/CLIP-ViT-B --local-dir CLIP-ViT-B"),
+        ("models/vit.pth", "does not exist, nor does the folder models"),
+        ("vit.pth", "vit.pth does not exist"),
+    ],
+)
+def test_a_name_in_place_of_a_file_is_answered_with_the_way_to_it(tmp_path, monkeypatch, name, way):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=way):
+        open_model(Path(name))
 
 
 def test_missing_paths(tmp_path):
@@ -81,13 +108,13 @@ def test_shards_are_one_checkpoint(tmp_path):
     assert torch.equal(opened.model.state_dict()["blocks.1.mlp.fc1.weight"], state()["blocks.1.mlp.fc1.weight"])
 
 
-@pytest.mark.parametrize("place", ["../other/part-{}.safetensors", "{}.safetensors", "/etc/passwd", ".."])
+@pytest.mark.parametrize("place", ["../other/part-{}.safetensors", "{}.safetensors", "/etc/passwd", "..", "a\0b"])
 def test_shards_elsewhere_are_not_followed(tmp_path, place):
     (tmp_path / "other").mkdir()
     (tmp_path / "home").mkdir()
     shards(tmp_path / "other")
     shards(tmp_path / "home", place)
-    with pytest.raises(CheckpointError, match=r"outside the folder|lacks the shard"):
+    with pytest.raises(CheckpointError, match=r"outside the folder|lacks the shard|no name of a file"):
         open_container(tmp_path / "home")
 
 

@@ -63,14 +63,15 @@ def test_logits_are_found_among_other_outputs(written):
     assert graph(images(2)).shape == (2, 5)
 
 
-def test_open_height_and_width_take_the_given_size(written):
+@pytest.mark.parametrize(("asked", "size"), [(6, (6, 6)), ((8, 4), (8, 4))])
+def test_open_height_and_width_take_the_given_size(written, asked, size):
     path = written(classifier(("N", 3, "H", "W")))
     with pytest.raises(CheckpointError, match="leaves the size of the images open; say it with --img-size"):
         open_onnx(path)
-    graph = open_onnx(path, img_size=6)
-    assert graph.input_size == (3, 6, 6)
+    graph = open_onnx(path, img_size=asked)
+    assert graph.input_size == (3, *size)
     assert graph.macs == WEIGHT.size
-    np.testing.assert_allclose(graph(images(2, (3, 6, 6))), expected(images(2, (3, 6, 6)).numpy()), atol=1e-5)
+    np.testing.assert_allclose(graph(images(2, (3, *size))), expected(images(2, (3, *size)).numpy()), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (2, 1, 8, 8), (3, 8, 8)])

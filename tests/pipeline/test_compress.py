@@ -115,6 +115,10 @@ def test_labelled_images_give_accuracy_before_and_after(checkpoint: Path, tmp_pa
     evaluation = pipeline.evaluate(tmp_path / "run", config, ignore)
     assert comparison.after.accuracy is not None
     assert evaluation.top1 == comparison.after.accuracy.top1
+    for name in ("model.safetensors", "report.md", "report.json"):  # which are given to others
+        assert str(tmp_path).encode() not in (tmp_path / "run" / name).read_bytes()
+    assert (comparison.before.source, comparison.settings["data"]) == ("dense.safetensors", "images")
+    assert load_config(None, tmp_path / "run" / "config.toml", {}) == config  # which is not
 
 
 def test_equal_runs_give_equal_bytes(checkpoint: Path, finished: Path, tmp_path: Path):

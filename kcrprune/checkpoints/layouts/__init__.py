@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from kcrprune.checkpoints.layouts import huggingface, selfsupervised, timm, torchvision
+from kcrprune.checkpoints.layouts import clip, huggingface, openmmlab, selfsupervised, timm, torchvision
 from kcrprune.checkpoints.layouts.base import Layout
 
 LAYOUTS: Final[tuple[Layout, ...]] = (
@@ -29,4 +29,9 @@ LAYOUTS: Final[tuple[Layout, ...]] = (
     huggingface.VIT,
     huggingface.SWIN,
     huggingface.CLIP,
+    huggingface.SIGLIP,
+    clip.OPENAI,
+    clip.OPEN_CLIP,
+    openmmlab.VIT,
+    openmmlab.SWIN,
 )

@@ -33,7 +33,8 @@ class Layout:
     `clues` reads the library's configuration (the config.json beside the file, or {}), and states its defaults.
     `outside` are names that this layout keeps outside the prefix, such as a classifier beside a backbone.
     `dropped` are prefixes of tensors that belong to training and not to the network; `remark` is told to people.
-    `doubt` is why the file is refused where nothing but these names speaks for the layout: no wrapper, no --arch.
+    `doubt` is why the file is refused where no name that timm knows says how its tensors are used, nor `settled_by`:
+    the "wrapper" that its authors publish it in, or one of timm's arguments that the file states.
     """
 
     name: str
@@ -45,3 +46,4 @@ class Layout:
     dropped: tuple[str, ...] = ()
     remark: str = ""
     doubt: str = ""
+    settled_by: str = ""

@@ -1,17 +1,19 @@
-"""Hugging Face transformers: ViT, DeiT, Swin, DINOv2, MAE, I-JEPA and CLIP, as version 5 and those before name them."""
+"""Hugging Face transformers: ViT, DeiT, Swin, DINOv2, MAE, I-JEPA, CLIP, SigLIP, as version 5 and before name them."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 from pydantic import JsonValue
 
-from kcrprune.checkpoints.clues import Clues, as_names, as_size
+from kcrprune.checkpoints.clues import Clues, as_names, as_number
 from kcrprune.checkpoints.layouts.base import Layout, Shapes, Tensors
-from kcrprune.checkpoints.layouts.renaming import join_qkv, move_downsampling, rename
+from kcrprune.checkpoints.layouts.renaming import join_qkv, last_norm, move_downsampling, rename
 
 PATCH = "embeddings.patch_embeddings.projection.weight"
 HEADS = ("classifier.weight", "classifier.bias")
+STAGE_NORMS = tuple(f"hidden_states_norms.stage{stage}.{part}" for stage in range(1, 5) for part in ("weight", "bias"))
 TWO_HEADS = tuple(
     f"{head}.{part}" for head in ("cls_classifier", "distillation_classifier") for part in ("weight", "bias")
 )
@@ -64,6 +66,15 @@ CLIP_RULES: Final = (
 )
 
 
+SIGLIP_RULES: Final = (
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.layernorm\.", "attn_pool.norm."),
+    (r"^head\.mlp\.", "attn_pool.mlp."),
+    *CLIP_RULES,
+)
+
+
 def _has(*names: str) -> Callable[[Shapes], bool]:
     return lambda shapes: all(name in shapes for name in names)
 
@@ -91,7 +102,10 @@ def _distilled(tensors: Tensors) -> Tensors:
 
 
 def _swin(tensors: Tensors) -> Tensors:
-    return move_downsampling(join_qkv(rename(tensors, SWIN_RULES)))
+    """A backbone of a detector has norms behind its stages, and does not use the one behind all of them."""
+    if any(name.startswith("hidden_states_norms.") for name in tensors):
+        tensors = {name: value for name, value in tensors.items() if not re.match(r"(swin\.)?layernorm\.", name)}
+    return last_norm(move_downsampling(join_qkv(rename(tensors, SWIN_RULES))))
 
 
 def _clip(tensors: Tensors) -> Tensors:
@@ -102,6 +116,27 @@ def _clip(tensors: Tensors) -> Tensors:
     if "head.weight" in named:
         named["head.bias"] = torch.zeros(len(named["head.weight"]))
     return named
+
+
+def _siglip(tensors: Tensors) -> Tensors:
+    """Pooled by attention: its q apart from k and v, as timm has them."""
+    named = join_qkv(rename(tensors, SIGLIP_RULES))
+    named["pos_embed"] = named["pos_embed"][None]
+    for part in ("weight", "bias"):
+        if (joined := named.pop(f"head.attention.in_proj_{part}", None)) is not None:
+            width = len(joined) // 3
+            named[f"attn_pool.q.{part}"], named[f"attn_pool.kv.{part}"] = joined[:width], joined[width:]
+    return named
+
+
+def _is_siglip(shapes: Shapes) -> bool:
+    """Not NaFlex, whose patches are rows of a matrix."""
+    return (
+        len(shapes.get("embeddings.patch_embedding.weight", ())) == 4
+        and "embeddings.class_embedding" not in shapes
+        and "encoder.layers.0.self_attn.q_proj.weight" in shapes
+        and "embeddings.position_embedding.weight" in shapes
+    )
 
 
 def _clues(norm_eps: float, act: str = "gelu") -> Callable[[Mapping[str, Any], Shapes], Clues]:
@@ -126,9 +161,9 @@ def _clues(norm_eps: float, act: str = "gelu") -> Callable[[Mapping[str, Any], S
 
 def _arguments(config: Mapping[str, Any], act: str) -> dict[str, JsonValue]:
     arguments: dict[str, JsonValue] = {"act_layer": config.get("hidden_act", act)}
-    if heads := as_size(config.get("num_attention_heads")):
+    if heads := as_number(config.get("num_attention_heads")):
         arguments["num_heads"] = heads
-    if size := as_size(config.get("image_size")):
+    if (size := config.get("image_size")) is not None:
         arguments["img_size"] = size
     return arguments
 
@@ -182,7 +217,7 @@ SWIN = Layout(
     lambda shapes: "encoder.layers.0.blocks.0.layernorm_before.weight" in shapes,
     _swin,
     _clues(1e-5),
-    HEADS,
+    (*HEADS, *STAGE_NORMS),
     ("pooler.", "embeddings.mask_token"),
 )
 CLIP = Layout(
@@ -193,4 +228,12 @@ CLIP = Layout(
     _clues(1e-5, "quick_gelu"),
     ("visual_projection.weight",),
     ("embeddings.position_ids",),
+)
+SIGLIP = Layout(
+    "Hugging Face SigLIP",
+    "embeddings.patch_embedding.weight",
+    _is_siglip,
+    _siglip,
+    _clues(1e-6, "gelu_pytorch_tanh"),
+    dropped=("embeddings.position_ids",),
 )

@@ -41,6 +41,12 @@ def _rotary(shapes: Shapes) -> bool:
     return len(table) != 3 or isqrt(table[1]) ** 2 != table[1]
 
 
+def _naflex(shapes: Shapes) -> bool:
+    """Patches are rows of a matrix, and there is no class token."""
+    found = [shape for name, shape in shapes.items() if name.endswith("embeddings.patch_embedding.weight")]
+    return any(len(shape) == 2 for shape in found)
+
+
 def _hierarchical(shapes: Shapes) -> bool:
     return any(re.search(r"blocks\.\d+\.proj\.weight$", name) for name in shapes)
 
@@ -83,6 +89,7 @@ REFUSED: Final = (
     ),
     Refused("ViT with relative positions", _part("rel_pos"), "its attention adds relative positions"),
     Refused("NaFlexViT", _part("embeds.pos_embed"), "its images have any size and any number of tokens"),
+    Refused("SigLIP 2 of any size (NaFlex)", _naflex, "its images have any size and any number of tokens"),
     Refused("Hiera", _hierarchical, "its width grows from block to block"),
     Refused(
         "hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network", registered=True

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from kcrprune.checkpoints.layouts.base import Tensors
 
@@ -23,16 +22,15 @@ def rename(tensors: Tensors, rules: Rules) -> Tensors:
 
 
 def join_qkv(tensors: Tensors) -> Tensors:
-    """`x.q`, `x.k` and `x.v` joined to `x.qkv`, as timm has them, for weights and biases."""
+    """`x.q`, `x.k` and `x.v` joined to `x.qkv`, as timm has them, for weights and biases; one alone stays as it is."""
     joined: Tensors = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"(.*\.attn)\.([qkv])\.(weight|bias)", name)
-        if match is None:
+        names = [f"{match[1]}.{part}.{match[3]}" for part in "qkv"] if match else []
+        if match is None or not tensors.keys() >= set(names):
             joined[name] = value
         elif match[2] == "q":
-            parts = [tensors.get(f"{match[1]}.{part}.{match[3]}") for part in "qkv"]
-            if all(isinstance(part, Tensor) for part in parts):
-                joined[f"{match[1]}.qkv.{match[3]}"] = torch.cat([part for part in parts if part is not None])
+            joined[f"{match[1]}.qkv.{match[3]}"] = torch.cat([tensors[part] for part in names])
     return joined
 
 
@@ -43,3 +41,14 @@ def move_downsampling(tensors: Tensors) -> Tensors:
         pattern.sub(lambda match: f"layers.{int(match[1]) + 1}.downsample", name): value
         for name, value in tensors.items()
     }
+
+
+def last_norm(tensors: Tensors) -> Tensors:
+    """A detector's Swin has a norm behind each stage it hands out (norm0, norm1, ...): the last is timm's `norm`."""
+    behind = [
+        match for name in tensors if (match := re.fullmatch(r"(hidden_states_norms\.stage|norm)(\d)\.weight", name))
+    ]
+    if "norm.weight" in tensors or not behind:
+        return tensors
+    last = max(behind, key=lambda match: int(match[2]))[0].removesuffix(".weight")
+    return rename(tensors, ((rf"^{re.escape(last)}\.", "norm."),))

@@ -3,7 +3,7 @@
 import torch
 
 from kcrprune.checkpoints.layouts.base import Layout, Shapes, Tensors
-from kcrprune.checkpoints.layouts.renaming import rename
+from kcrprune.checkpoints.layouts.renaming import last_norm, rename
 from kcrprune.checkpoints.signatures import with_tensors
 
 PATCH = "patch_embed.proj.weight"
@@ -46,14 +46,15 @@ def _is_registered(shapes: Shapes) -> bool:
 
 
 REGISTERED = Layout("timm", PATCH, _is_registered)
-OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin)
-SWIN = Layout("timm Swin", PATCH, _is_swin)
+OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin, last_norm)
+SWIN = Layout("timm Swin", PATCH, _is_swin, last_norm)
 DISTILLED = Layout("distilled DeiT", PATCH, _is_distilled)
 DEIT3 = Layout(
     "official DeiT III",
     PATCH,
     _is_deit3,
     doubt="DeiT III and rotary ViTs, which cannot be cut, have the same tensors; --arch deit3_... says it is the first",
+    settled_by="wrapper",
 )
 OPEN_CLIP = Layout(
     "OpenCLIP around timm", PATCH, _is_open_clip, _open_clip, outside=("head.proj.weight", "head.proj.bias")
