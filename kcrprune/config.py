@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kcrprune.errors import ConfigError
-from kcrprune.plan import AXES, Axis, Frozen
+from kcrprune.plan import AXES, Axis, Frozen, Outputs
 
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
@@ -33,6 +33,10 @@ SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
     "refit": ("refit_ridge",),
     "reconstruct_epochs": ("reconstruct_lr",),
 }  # fmt: skip
+NETWORK: Final = (  # how the file with the network is read
+    *("arch", "num_heads", "num_classes", "img_size", "outputs"),
+    *("mean", "std", "interpolation", "crop_pct"),
+)
 RENAMED: Final = {"scores": "ranking", "stages": "tighten_steps"}  # old names of settings
 Ranking = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
@@ -90,6 +94,9 @@ class RunConfig(Frozen):
     )
     img_size: PositiveInt | None = Field(
         default=None, description="Input height and width, if not the checkpoint's own."
+    )
+    outputs: Outputs | None = Field(
+        default=None, description="classes or features: what its outputs are, where the file does not tell."
     )
     mean: tuple[float, ...] | None = Field(default=None, description="Mean of the input normalisation.")
     std: tuple[float, ...] | None = Field(default=None, description="Standard deviation of the input normalisation.")

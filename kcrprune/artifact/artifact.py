@@ -23,7 +23,8 @@ from kcrprune.containers.contents import digest, read_all
 from kcrprune.containers.safetensors_file import Header, is_safetensors, read_header
 from kcrprune.containers.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
-from kcrprune.plan import Architecture, ChannelPlan, Frozen, Preprocessing, canonical_json
+from kcrprune.families import outputs_of
+from kcrprune.plan import Architecture, ChannelPlan, Frozen, Outputs, Preprocessing, canonical_json
 from kcrprune.surgery.narrow import cut_
 
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
@@ -38,6 +39,7 @@ class Contract(Frozen):
     architecture: Architecture
     plan: ChannelPlan | None
     preprocessing: Preprocessing
+    outputs: Outputs | None = None  # None, in files of before: as the last layer says
     class_names: tuple[str, ...] | None
     record: dict[str, JsonValue] = Field(default_factory=dict)
     content_hash: str
@@ -52,8 +54,12 @@ def save_model(
     preprocessing: Preprocessing,
     class_names: tuple[str, ...] | None,
     record: Mapping[str, JsonValue],
+    outputs: Outputs | None = None,
 ) -> None:
-    """Writes a dense or pruned network; OutputExistsError where `path` is taken."""
+    """Writes a dense or pruned network; OutputExistsError where `path` is taken.
+
+    `outputs` None: as its last layer says.
+    """
     path = Path(path)
     if path.exists():
         raise OutputExistsError(taken(path))
@@ -63,6 +69,7 @@ def save_model(
         architecture=architecture,
         plan=plan,
         preprocessing=preprocessing,
+        outputs=outputs or outputs_of(model),
         class_names=class_names,
         record=dict(record),
         content_hash=content_hash(tensors),
@@ -91,7 +98,7 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 def open_model(path: Path, **overrides: Any) -> Opened:
     """The network in an artifact, a run folder, or (`open_dense`) any checkpoint that somebody else wrote.
 
-    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing alone.
+    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing, and `outputs`.
     """
     path = Path(path)
     file = path / MODEL_FILE if path.is_dir() else path
@@ -105,6 +112,7 @@ def open_model(path: Path, **overrides: Any) -> Opened:
 def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> Opened:
     contract = _contract(path, header.metadata[KEY])
     stated = {key: value for key, value in overrides.items() if value is not None}
+    asked = stated.pop("outputs", None)
     flags = Flags(**{key: stated.pop(key) for key in tuple(stated) if key in Flags.__dataclass_fields__})
     if stated:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(stated))
@@ -118,12 +126,15 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
     if contract.plan is not None:
         cut_(model, contract.plan)
     model.load_state_dict(tensors, strict=True)
+    own = outputs_of(model)
+    outputs = "features" if own == "features" else asked or contract.outputs or own
     return Opened(
         model=model.eval(),
         architecture=contract.architecture,
         preprocessing=overridden(contract.preprocessing, flags),
         plan=contract.plan,
-        class_names=contract.class_names,
+        outputs=outputs,
+        class_names=contract.class_names if outputs == "classes" else None,
         layout="kcrprune artifact",
         notes=("architecture, plan and preprocessing: written by kcrprune, content hash verified",),
         path=path,

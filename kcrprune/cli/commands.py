@@ -5,7 +5,6 @@ from typing import Any
 from kcrprune.cli import render
 from kcrprune.cli.options import (
     IMAGES,
-    NETWORK,
     CheckpointArg,
     ConfigOpt,
     FileArg,
@@ -21,7 +20,7 @@ from kcrprune.cli.options import (
     RunArg,
     takes_settings,
 )
-from kcrprune.config import load_config
+from kcrprune.config import NETWORK, load_config
 
 
 @takes_settings()

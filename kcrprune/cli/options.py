@@ -23,7 +23,6 @@ PANELS: Final = {  # the first setting of each group in the help
 }
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
-NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
 IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device")
 
 Format = Literal["table", "json", "markdown"]

@@ -13,7 +13,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost
 from kcrprune.plan import AXES, Axis
-from kcrprune.run.describe import class_count, file_bytes, report_path
+from kcrprune.run.describe import file_bytes, report_path
 from kcrprune.run.folder import newest_model
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.training.evaluate import Evaluation
@@ -42,13 +42,19 @@ def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportR
         architecture=opened.architecture,
         preprocessing=opened.preprocessing,
         plan=opened.plan,
+        outputs=opened.outputs,
         class_names=opened.class_names,
         parameters=count_parameters(opened.model),
         macs=macs,
         dense_macs=opened.record.get("dense_macs"),
     )
     return export_onnx(
-        opened.model, path, input_size=opened.preprocessing.input_size, metadata=metadata, listener=listener
+        opened.model,
+        path,
+        input_size=opened.preprocessing.input_size,
+        metadata=metadata,
+        outputs=opened.outputs,
+        listener=listener,
     )
 
 
@@ -66,14 +72,18 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
                 f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"
             )
         predict, preprocessing, names = graph, graph.preprocessing, graph.class_names
+        outputs = config.outputs or graph.outputs
         classes = len(names) if names else None
     else:
         opened = open_for_run(model, config)
         device = open_accelerator(config.device, "fp32").device
         predict, preprocessing, names = opened.model.to(device), opened.preprocessing, opened.class_names
-        classes = class_count(opened.model)
-        if classes == 0:
-            raise DataError(f"{model} is a backbone without a classifier; there is nothing to evaluate")
+        classes, outputs = opened.class_count, opened.outputs
+    if outputs == "features":
+        raise DataError(
+            f"the outputs of {model} are features, which name no class, so there is no top-1 by labels; a run's report "
+            "compares them with the dense network's (if they are logits after all, say --outputs classes)"
+        )
     images = open_evaluation(
         config.data,
         preprocessing,
@@ -111,7 +121,8 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
         architecture=opened.architecture.name,
         family=opened.architecture.family,
         preprocessing=opened.preprocessing,
-        class_count=class_count(opened.model),
+        class_count=opened.class_count,
+        feature_count=opened.feature_count,
         parameters=count_parameters(opened.model),
         macs=macs,
         file_bytes=file_bytes(path),

@@ -21,7 +21,7 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan, canonical_json
 from kcrprune.run.context import Context
-from kcrprune.run.describe import class_count, file_bytes
+from kcrprune.run.describe import file_bytes
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.surgery.narrow import cut_
 from kcrprune.training.images.sets import Images, open_images
@@ -95,7 +95,7 @@ def open_pool(context: Context, network: Network) -> Pool:
     """The images, opened and divided; DataError where they do not fit."""
     settings = context.settings
     opened = network.opened
-    images = open_images(settings, opened.preprocessing, class_count(network.dense), opened.class_names)
+    images = open_images(settings, opened.preprocessing, opened.class_count, opened.class_names)
     return Pool(images, divide(images, settings), fingerprint(settings))
 
 
@@ -133,7 +133,8 @@ def as_used(config: RunConfig, network: Network) -> RunConfig:
 
 def objective_of(context: Context, network: Network, pool: Pool) -> Objective:
     """What search and recovery minimise."""
-    return make_objective(as_used(context.settings, network), network.dense, labelled=pool.images.labelled)
+    config = as_used(context.settings, network)
+    return make_objective(config, network.dense, labelled=pool.images.labelled, outputs=network.opened.outputs)
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -68,7 +68,7 @@ def save(
     told = context.told()
     comparison = Comparison(
         before=report_of(network.opened, kernel=reference.kernel, accuracy=reference.accuracy),
-        after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy),
+        after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy, dense_macs=network.cost.dense),
         cut=recovery.cut if recovery else None,
         stages=tuple(told.times),
         settings=config.model_dump(mode="json", exclude_defaults=True),
@@ -94,6 +94,7 @@ def _write_model(
         architecture=opened.architecture,
         plan=cut.plan,
         preprocessing=opened.preprocessing,
+        outputs=opened.outputs,
         class_names=opened.class_names or pool.images.class_names,
         record={
             "config": as_used(context.settings, network).model_dump(mode="json"),

@@ -5,12 +5,12 @@ The first stages, which refuse, the choice and the last one, which writes, are m
 
 from typing import Final
 
+from kcrprune.config import NETWORK
 from kcrprune.run import cutting, measuring, opening, ranking, saving
 from kcrprune.run.context import ALL
 from kcrprune.run.stage import Stage
 from kcrprune.run.store import Codec
 
-NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
 IMAGES: Final = (
     *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip"),
     *("calibration_images", "score_images", "search_split", "batch_size"),

@@ -44,6 +44,7 @@ def exported(request, tmp_path_factory):
         architecture=tiny.architecture,
         preprocessing=Preprocessing(input_size=tiny.input_size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1)),
         plan=plan,
+        outputs="classes",
         class_names=("cat", "dog", "newt", "owl", "yak"),
         parameters=count_parameters(model),
         macs=count_macs(model, tiny.input_size),
@@ -186,8 +187,8 @@ class Deciding(Plain):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Changing, r"logits differ by .*, allowed are .* \(0\.0001 standard deviations\)"),
-        (Undefined, "logits differ by nan"),
+        (Changing, r"outputs differ by .*, allowed are .* \(0\.0001 standard deviations\)"),
+        (Undefined, "outputs differ by nan"),
         (Deciding, r"PyTorch cannot export this Deciding: .*data-dependent"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
@@ -17,10 +18,10 @@ import kcrprune
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.config import RunConfig, load_config
-from kcrprune.errors import BudgetError, CheckpointError, ConfigError, OutputExistsError
+from kcrprune.errors import BudgetError, CheckpointError, ConfigError, DataError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
 from kcrprune.measure.macs import count_macs
-from kcrprune.plan import ChannelPlan, Preprocessing
+from kcrprune.plan import ChannelPlan, Outputs, Preprocessing
 from tests.conftest import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
@@ -37,7 +38,7 @@ SHORT = RunConfig(
 )
 
 
-def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None) -> Path:
+def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None, outputs: Outputs | None = None) -> Path:
     preprocessing = Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3)
     save_model(
         path,
@@ -47,6 +48,7 @@ def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None) -> Path:
         preprocessing=preprocessing,
         class_names=None,
         record={},
+        outputs=outputs,
     )
     return path
 
@@ -201,7 +203,36 @@ def bare_backbone(path: Path) -> Path:
     return path
 
 
-def test_a_bare_backbone_is_cut_without_an_accuracy(tmp_path: Path):
+def test_a_projection_is_measured_by_its_features_from_the_run_to_the_graph(tiny_vit: Tiny, tmp_path: Path):
+    path = save(tiny_vit, tmp_path / "dense.safetensors", outputs="features")
+    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "recover_steps": 1})
+    result = pipeline.compress(path, config, tmp_path / "run", ignore)
+    before, after = result.comparison.before.accuracy, result.comparison.after.accuracy
+    assert before is not None
+    assert before.top1 is None
+    assert after is not None
+    assert after.distance is not None
+    assert 0 < after.distance < 1
+    assert after.cosine is not None
+    assert after.retrieval is not None
+    assert (after.top1, after.agreement) == (None, None)
+    steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert all("labels" not in step for step in steps)
+    exported = pipeline.export(result.folder, None, ignore)
+    pruned, graph = pipeline.report([result.folder, exported.path], listener=ignore)
+    assert (pruned.outputs, graph.outputs) == ("features", "features")
+    assert set(pruned.stated) == {"kernel", "accuracy", "dense_macs"}
+    assert {"parameters", "macs"} <= set(graph.stated)
+    assert result.comparison.after.stated == ()
+    assert [value.name for value in onnx.load(exported.path).graph.output] == ["features"]
+    for model in (result.folder, exported.path):
+        with pytest.raises(DataError, match="are features, which name no class, so there is no top-1 by labels"):
+            pipeline.evaluate(model, config, ignore)
+    with pytest.raises(ConfigError, match="'labels' needs labelled images and a network of classes"):
+        pipeline.compress(path, config.model_copy(update={"task": "labels"}), tmp_path / "other", ignore)
+
+
+def test_a_bare_backbone_is_cut_without_a_top1(tmp_path: Path):
     config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "num_heads": 2})
     comparison = pipeline.compress(
         bare_backbone(tmp_path / "x.safetensors"), config, tmp_path / "run", ignore
@@ -209,7 +240,9 @@ def test_a_bare_backbone_is_cut_without_an_accuracy(tmp_path: Path):
     assert comparison.after.macs is not None
     assert comparison.before.macs is not None
     assert comparison.after.macs <= 0.8 * comparison.before.macs
-    assert comparison.after.accuracy is None
+    assert comparison.after.accuracy is not None
+    assert comparison.after.accuracy.top1 is None
+    assert comparison.after.accuracy.distance is not None
 
 
 def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_path: Path):

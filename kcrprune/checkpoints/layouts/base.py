@@ -34,6 +34,7 @@ class Layout:
     `outside` are names that this layout keeps outside the prefix, such as a classifier beside a backbone.
     `dropped` are prefixes of tensors that belong to training and not to the network; `remark` is told to people.
     `doubt` is why the file is refused where nothing but these names speaks for the layout: no wrapper, no --arch.
+    `projects` says that a last layer is a projection into an embedding that images share with texts, and no classifier.
     """
 
     name: str
@@ -45,3 +46,4 @@ class Layout:
     dropped: tuple[str, ...] = ()
     remark: str = ""
     doubt: str = ""
+    projects: bool = False

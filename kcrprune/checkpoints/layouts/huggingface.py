@@ -193,4 +193,5 @@ CLIP = Layout(
     _clues(1e-5, "quick_gelu"),
     ("visual_projection.weight",),
     ("embeddings.position_ids",),
+    projects=True,
 )

@@ -56,6 +56,11 @@ DEIT3 = Layout(
     doubt="DeiT III and rotary ViTs, which cannot be cut, have the same tensors; --arch deit3_... says it is the first",
 )
 OPEN_CLIP = Layout(
-    "OpenCLIP around timm", PATCH, _is_open_clip, _open_clip, outside=("head.proj.weight", "head.proj.bias")
+    "OpenCLIP around timm",
+    PATCH,
+    _is_open_clip,
+    _open_clip,
+    outside=("head.proj.weight", "head.proj.bias"),
+    projects=True,
 )
 VIT = Layout("timm ViT", PATCH, _is_vit)
