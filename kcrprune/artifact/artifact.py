@@ -29,6 +29,7 @@ from kcrprune.surgery.narrow import cut_
 
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
 KEY: Final = "kcrprune"
+DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODEL_FILE: Final = "model.safetensors"  # the artifact inside a run folder
 
 
@@ -55,15 +56,18 @@ def save_model(
     class_names: tuple[str, ...] | None,
     record: Mapping[str, JsonValue],
     outputs: Outputs | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a dense or pruned network; OutputExistsError where `path` is taken.
 
-    `outputs` None: as its last layer says.
+    `outputs` None: as its last layer says; `dtype` None: its parameters are stored as they are.
     """
     path = Path(path)
     if path.exists():
         raise OutputExistsError(taken(path))
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    learned = dict(model.named_parameters())
+    stored = {name: value.to(dtype) if name in learned else value for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
     contract = Contract(
         format=FORMAT,
         architecture=architecture,
@@ -85,6 +89,17 @@ def save_model(
     write_atomically(path, write)
 
 
+@torch.no_grad()
+def rounded_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Rounds the parameters to what `dtype` can hold; ConfigError names one that is too large for it."""
+    for name, parameter in model.named_parameters():
+        rounded = parameter.to(dtype).to(parameter.dtype)
+        if not torch.equal(rounded.isfinite(), parameter.isfinite()):
+            raise ConfigError(f"{name} holds values that {dtype} is too small for; choose --dtype bfloat16 or float32")
+        parameter.copy_(rounded)
+    return model
+
+
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of names, types, shapes and bytes of some tensors, in the order of their names."""
     total = sha256()
@@ -93,6 +108,12 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
         total.update(canonical_json([name, str(value.dtype), list(value.shape)]).encode())
         total.update(value.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a file, or the model of a folder, is of kcrprune's making."""
+    file = path / MODEL_FILE if path.is_dir() else path
+    return file.is_file() and is_safetensors(file) and KEY in read_header(file).metadata
 
 
 def open_model(path: Path, **overrides: Any) -> Opened:

@@ -16,7 +16,7 @@ from onnx import AttributeProto, GraphProto, ModelProto
 from torch import nn
 
 from kcrprune.atomic import taken, write_atomically
-from kcrprune.errors import CheckpointError, ExportError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, ExportError, OutputExistsError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
 from kcrprune.graphs.checks import LARGEST_FILE, NAMES
 from kcrprune.graphs.open import OnnxModel, open_onnx
@@ -24,6 +24,7 @@ from kcrprune.plan import Outputs
 from kcrprune.version import __version__
 
 INPUT = "images"
+OPSETS = range(17, 24)  # those that PyTorch writes these networks in
 EXAMPLE_BATCH = 2  # the exporter takes a batch of one for a constant
 # Largest difference allowed, in standard deviations of the outputs. Ours: float32 networks of 0.03 to 86 M parameters,
 # random and trained, dense and cut, were measured at 6e-6 and below; one weight off by 1e-3 lies far above.
@@ -81,12 +82,15 @@ def export_onnx(
 
     The input is called images, the output logits or features.
 
-    OutputExistsError where the path is taken; ExportError, and no file, where the graph cannot be made or does not
-    compute what the model does on random images of every size in `batch_sizes`.
+    ConfigError for an opset that is not in OPSETS; OutputExistsError where the path is taken; ExportError, and no file,
+    where the graph cannot be made or does not compute what the model does on random images of every size in
+    `batch_sizes`.
     """
     path, start = Path(path), time.perf_counter()
     if path.exists() or path.is_symlink():
         raise OutputExistsError(taken(path))
+    if opset not in OPSETS:
+        raise ConfigError(f"opset {opset} cannot be written; choose one from {OPSETS[0]} to {OPSETS[-1]}")
     _check_size(model)
     network = deepcopy(model).to("cpu", torch.float32).eval()
     listener(StageStarted("export"))
@@ -175,7 +179,8 @@ def _silence() -> Iterator[None]:
 
 
 def _tidy_(model: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
-    """Takes the exporting machine out of a graph and puts our metadata in."""
+    """Takes the exporting machine out of a graph, puts our metadata in, and asks for the oldest IR of its opset."""
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     model.producer_name, model.producer_version, model.doc_string = "kcrprune", __version__, ""
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))

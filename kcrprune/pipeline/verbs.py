@@ -1,10 +1,14 @@
 """What is done with a model that exists: report, export, evaluate, inspect."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kcrprune.artifact.artifact import open_model
-from kcrprune.config import RunConfig, load_config
+from kcrprune.artifact.artifact import is_artifact, open_model
+from kcrprune.artifact.portable import save_for_timm, save_program
+from kcrprune.checkpoints.dense import Opened
+from kcrprune.config import RunConfig, load_config, network_of
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
@@ -25,18 +29,39 @@ from kcrprune.training.precision import open_accelerator
 RECIPES = ("default", "paper")  # those that open different axes
 
 
-def report(paths: Sequence[Path], *, latency: bool = False, listener: Listener) -> tuple[ModelReport, ...]:
-    """The figures of each checkpoint, artifact, run folder or ONNX file."""
-    return tuple(report_path(path, latency=latency) for path in paths)
+@dataclass(frozen=True)
+class Ported:
+    """A network for people without kcrprune."""
+
+    path: Path
+    form: Literal["timm", "pt2"]
+    bytes: int
 
 
-def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportResult:
+def report(
+    paths: Sequence[Path], *, latency: bool = False, listener: Listener, config: RunConfig | None = None
+) -> tuple[ModelReport, ...]:
+    """The figures of each checkpoint, artifact, run folder or ONNX file.
+
+    `config` says how a checkpoint is read; beside one, what knows itself is read without it.
+    """
+    network = network_of(config) if config else {}
+    knowing = {path for path in paths if path.suffix == ".onnx" or is_artifact(path)}
+    told = set(paths) - knowing or knowing
+    return tuple(report_path(path, network if path in told else {}, latency=latency) for path in paths)
+
+
+def export(
+    model: Path | None,
+    onnx: Path | None,
+    listener: Listener,
+    *,
+    config: RunConfig | None = None,
+    opset: int = 20,
+) -> ExportResult:
     """Writes a model as ONNX, verified; without a model, that of the newest run below the current folder."""
-    if model is None:
-        model = newest_model(Path())
-        listener(Note(f"the newest run: {model.parent}"))
-    opened = open_model(model)
-    path = onnx or (opened.path.with_suffix(".onnx") if opened.path.is_file() else opened.path / "model.onnx")
+    opened = _opened(model, config, listener)
+    path = onnx or _beside(opened, "model.onnx")
     macs = count_macs(opened.model, opened.preprocessing.input_size)
     metadata = metadata_of(
         architecture=opened.architecture,
@@ -54,8 +79,43 @@ def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportR
         input_size=opened.preprocessing.input_size,
         metadata=metadata,
         outputs=opened.outputs,
+        opset=opset,
         listener=listener,
     )
+
+
+def port(
+    model: Path | None, out: Path | None, form: Literal["timm", "pt2"], config: RunConfig, listener: Listener
+) -> Ported:
+    """Writes a model, or that of the newest run, as a program of torch.export or as a folder that timm opens."""
+    opened = _opened(model, config, listener)
+    path = out or _beside(opened, "model.pt2" if form == "pt2" else "model-timm")
+    if form == "pt2":
+        save_program(path, opened.model, input_size=opened.preprocessing.input_size)
+    else:
+        save_for_timm(
+            path,
+            opened.model,
+            architecture=opened.architecture,
+            plan=opened.plan,
+            preprocessing=opened.preprocessing,
+            class_names=opened.class_names,
+        )
+    return Ported(path, form, file_bytes(path))
+
+
+def _opened(model: Path | None, config: RunConfig | None, listener: Listener) -> Opened:
+    if model is None:
+        model = newest_model(Path())
+        listener(Note(f"the newest run: {model.parent}"))
+    return open_model(model, **network_of(config)) if config else open_model(model)
+
+
+def _beside(opened: Opened, name: str) -> Path:
+    """Where something is written that nobody has named: in the model's folder, or called as its file."""
+    if not opened.path.is_file():
+        return opened.path / name
+    return opened.path.with_name(name.replace("model", opened.path.stem, 1))
 
 
 def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:

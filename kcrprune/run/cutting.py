@@ -81,7 +81,7 @@ def _cut(
 ) -> Cut:
     settings = context.settings
     distance = make_objective(
-        settings.model_copy(update=PLAIN), network.dense, labelled=False, outputs=network.opened.outputs
+        settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.opened.outputs
     )
     measure = HeldOut(distance, pool.parts.held_out, context.device)
     plan = solve(allowed(context, network), scores, settings.target_flops, network.opened.architecture.name)

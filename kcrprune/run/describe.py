@@ -1,5 +1,6 @@
 """Turns what was opened or measured into reports."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,13 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def report_path(path: Path, *, latency: bool = False) -> ModelReport:
-    """The report of any checkpoint, artifact, run folder or ONNX file."""
+def report_path(path: Path, network: Mapping[str, Any], *, latency: bool = False) -> ModelReport:
+    """The report of any checkpoint, artifact, run folder or ONNX file; `network` says how a checkpoint is read."""
     if path.suffix == ".onnx":
         graph = open_onnx(path)
         report, call = report_of_graph(graph), graph
     else:
-        opened = open_model(path)
+        opened = open_model(path, **network)
         report, call = report_of(opened), opened.model
     if latency:
         with torch.inference_mode():

@@ -23,10 +23,10 @@ TRAINING: Final = ("epochs", "weight_decay", "clip_grad", "kernel_rank", "kernel
 
 OPEN: Final = Stage(
     name="open",
-    reads=(*NETWORK, "seed"),
+    reads=(*NETWORK, "teacher", "seed"),
     after=(),
     make=opening.open_network,
-    fingerprint=lambda network: network.opened.digest,
+    fingerprint=lambda network: network.digest,
 )
 TARGET: Final = Stage(
     name="target",
@@ -117,7 +117,7 @@ RECOVER: Final = Stage(
 )
 MEASURE: Final = Stage(
     name="measure",
-    reads=("kernel_rank",),
+    reads=("kernel_rank", "dtype"),
     after=("open", "images", "dense", "choose", "recover"),
     make=saving.measure_pruned,
     kept=Codec(saving.Measured),

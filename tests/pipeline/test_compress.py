@@ -165,10 +165,39 @@ def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_pruned_network_is_not_pruned_again(checkpoint: Path, tmp_path: Path):
-    folder = pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore).folder
-    with pytest.raises(CheckpointError, match="pruned already"):
-        pipeline.compress(folder, SHORT, tmp_path / "again", ignore)
+@pytest.mark.parametrize("tiny", [TINY[0], TINY[10]], ids=["vit", "eva02_scaled"])
+def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, tmp_path: Path):
+    dense = save(tiny, tmp_path / "dense.safetensors")
+    short = SHORT.model_copy(update={"axes": ("mlp_hidden", "attn_value"), "search_steps": 0, "recover_steps": 0})
+    first = pipeline.compress(dense, short.model_copy(update={"round_to": 1}), tmp_path / "first", ignore)
+    on = short.model_copy(update={"target_flops": 0.7, "round_to": 1, "dtype": "float16"})
+    second = pipeline.compress(first.folder, on, tmp_path / "second", ignore)
+    [whole, once, twice] = pipeline.report([dense, first.folder, second.folder], listener=ignore)
+    assert once.macs is not None
+    assert twice.macs is not None
+    assert whole.macs == once.dense_macs == twice.dense_macs
+    assert 0.66 * whole.macs < twice.macs <= 0.7 * whole.macs < once.macs
+    assert second.comparison.before.macs == once.macs
+    assert any("cut on from 0.7" in note for note in second.comparison.notes)
+    assert twice.file_bytes < 0.7 * once.file_bytes, "stored as halves"
+    with pytest.raises(BudgetError, match=r"of the dense MACs already, and target 0\.85 is a share of the same"):
+        pipeline.compress(first.folder, short.model_copy(update={"target_flops": 0.85}), tmp_path / "third", ignore)
+
+
+def test_another_network_may_be_the_teacher(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
+    """What is nearest to the network itself is far from another one's answers."""
+    other = save(tiny_vit, tmp_path / "teacher.safetensors", tiny_vit.model(seed=1))
+    short = SHORT.model_copy(update={"search_steps": 0, "recover_steps": 0})
+    distances = []
+    for name, teacher in {"own": None, "other": str(other)}.items():
+        config = short.model_copy(update={"teacher": teacher})
+        folder = pipeline.compress(checkpoint, config, tmp_path / name, ignore).folder
+        found = json.loads((folder / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
+        distances.append(found["scores"])
+    assert distances[0] < distances[1]
+    smaller = save(TINY[5], tmp_path / "swin.safetensors")
+    with pytest.raises(ConfigError, match=r"has the input size \(3, 56, 56\), and the network \(3, 32, 32\)"):
+        pipeline.compress(checkpoint, short.model_copy(update={"teacher": str(smaller)}), tmp_path / "x", ignore)
 
 
 def test_export_takes_the_newest_run_and_report_knows_all_three(
