@@ -173,6 +173,7 @@ def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, tmp_path: P
     on = short.model_copy(update={"target_flops": 0.7, "round_to": 1, "dtype": "float16"})
     second = pipeline.compress(first.folder, on, tmp_path / "second", ignore)
     [whole, once, twice] = pipeline.report([dense, first.folder, second.folder], listener=ignore)
+    assert whole.macs is not None
     assert once.macs is not None
     assert twice.macs is not None
     assert whole.macs == once.dense_macs == twice.dense_macs
