@@ -96,9 +96,9 @@ def test_onnx_may_stand_without_a_file(pipeline, words, model, onnx):
 
 def test_report_takes_one_model_or_two(pipeline):
     assert run(["report", "a"]) == 0
-    assert pipeline.asked == {"paths": [Path("a")], "latency": False}
+    assert pipeline.asked == {"paths": [Path("a")], "latency": False, "config": RunConfig()}
     assert run(["report", "a", "b", "--latency"]) == 0
-    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True}
+    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True, "config": RunConfig()}
 
 
 def test_evaluate_and_inspect_take_the_settings_that_concern_them(pipeline):
