@@ -8,11 +8,12 @@
 torch and timm load when a verb is called, not before.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcrprune.config import RunConfig, load_config
+from kcrprune.config import RunConfig, load_config, network_config, network_of
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import Listener, ignore
 from kcrprune.plan import ChannelPlan
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import RunResult
 
-__all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report"]
+__all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report", "save"]
 
 AnyPath = str | PathLike[str]
 
@@ -51,25 +52,50 @@ def compress(
     return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener, fresh=fresh)
 
 
-def load(path: AnyPath) -> "nn.Module":
-    """The network in a run's folder or a checkpoint: a plain module on the CPU, in eval mode."""
+def load(path: AnyPath, **network: Any) -> "nn.Module":
+    """The network in a run's folder or a checkpoint: a plain module on the CPU, in eval mode.
+
+    `network` are the settings that say how a checkpoint is read, such as `num_heads`. What it needs to be stored again
+    is noted on the module; see `save`.
+    """
     from kcrprune.artifact.artifact import open_model
+    from kcrprune.artifact.origin import remembering
 
-    return open_model(Path(path)).model
+    return remembering(open_model(Path(path), **network_of(network_config(network))))
 
 
-def export_onnx(model: AnyPath, onnx: AnyPath | None = None, *, listener: Listener = ignore) -> "ExportResult":
+def save(model: "nn.Module", folder: AnyPath, *, class_names: Sequence[str] | None = None) -> Path:
+    """Stores a network that `load` gave and that was trained on since, in a folder that every verb takes.
+
+    Its classifier may be another one by now; `class_names` are its classes' then. Raises for any other change of
+    structure, for weights that are no finite numbers, and where `folder` holds a model.
+    """
+    from kcrprune.artifact.origin import save_trained
+
+    return save_trained(model, Path(folder), class_names)
+
+
+def export_onnx(
+    model: AnyPath, onnx: AnyPath | None = None, *, opset: int = 20, listener: Listener = ignore, **network: Any
+) -> "ExportResult":
     """Writes the network in a run's folder or a checkpoint as ONNX and compares it with PyTorch; raises if they differ.
 
-    Without `onnx` the file lies beside the model.
+    Without `onnx` the file lies beside the model; `network` as for `load`.
     """
     from kcrprune import pipeline
 
-    return pipeline.export(Path(model), None if onnx is None else Path(onnx), listener)
+    path, config = None if onnx is None else Path(onnx), network_config(network)
+    return pipeline.export(Path(model), path, listener, config=config, opset=opset)
 
 
-def report(*models: AnyPath, latency: bool = False, listener: Listener = ignore) -> "tuple[ModelReport, ...]":
-    """The figures of each model: architecture, MACs, parameters, kept widths; with `latency` also milliseconds."""
+def report(
+    *models: AnyPath, latency: bool = False, listener: Listener = ignore, **network: Any
+) -> "tuple[ModelReport, ...]":
+    """The figures of each model: architecture, MACs, parameters, kept widths; with `latency` also milliseconds.
+
+    `network` as for `load`; what kcrprune wrote knows its own.
+    """
     from kcrprune import pipeline
 
-    return pipeline.report([Path(model) for model in models], latency=latency, listener=listener)
+    paths, config = [Path(model) for model in models], network_config(network)
+    return pipeline.report(paths, latency=latency, listener=listener, config=config)

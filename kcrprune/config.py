@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,11 +19,24 @@ from pydantic import (
 )
 
 from kcrprune.errors import ConfigError
-from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Spread
+from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
 
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
-Share = Annotated[float, Field(gt=0, le=1)]
+
+def _as_share(value: Any) -> Any:
+    """A percentage as a share of 1; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    number, percent, rest = value.partition("%")
+    try:
+        return float(number) / (100 if percent else 1) if not rest.strip() else value
+    except ValueError:
+        raise ValueError("it is written as a share, such as 0.7 or 70%") from None
+
+
+Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
 SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
@@ -33,6 +47,10 @@ SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
     "refit": ("refit_ridge",),
     "reconstruct_epochs": ("reconstruct_lr",),
 }  # fmt: skip
+NETWORK: Final = (  # how the file with the network is read
+    *("arch", "num_heads", "num_classes", "img_size", "outputs"),
+    *("mean", "std", "interpolation", "crop_pct"),
+)
 RENAMED: Final = {"scores": "ranking", "stages": "tighten_steps"}  # old names of settings
 Ranking = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
@@ -90,6 +108,9 @@ class RunConfig(Frozen):
     )
     img_size: ImageSize | None = Field(
         default=None, description="Input size, if not the checkpoint's own: 224, or height and width as 64,16."
+    )
+    outputs: Outputs | None = Field(
+        default=None, description="classes or features: what its outputs are, where the file does not tell."
     )
     mean: tuple[Level, ...] | None = Field(default=None, description="Mean of the input normalisation.")
     std: tuple[Spread, ...] | None = Field(default=None, description="Standard deviation of the input normalisation.")
@@ -151,6 +172,9 @@ class RunConfig(Frozen):
     task: Literal["auto", "labels", "distill"] = Field(
         default="auto", description="Task loss; auto takes both if labelled."
     )
+    teacher: str | None = Field(
+        default=None, description="Network to stay close to, in place of the one that is cut: a checkpoint or a run."
+    )
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Label smoothing.")
     distill_temperature: PositiveFloat = Field(default=1.0, description="Temperature of the distillation.")
     kernel_weight: NonNegativeFloat = Field(
@@ -167,6 +191,7 @@ class RunConfig(Frozen):
     snapshot_minutes: PositiveFloat = Field(
         default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
     )
+    dtype: Dtype = Field(default="float32", description="What the weights of the cut network are stored in.")
 
     @property
     def ranked_by(self) -> Ranking:
@@ -219,6 +244,18 @@ def load_config(
         return RunConfig.model_validate({**_recipe(chosen), **written, **flags, "recipe": chosen})
     except ValidationError as error:
         raise ConfigError(_sentence(error, file, flags)) from None
+
+
+def network_of(config: RunConfig) -> dict[str, Any]:
+    """How the file with the network is read, as `open_model` takes it."""
+    return {name: getattr(config, name) for name in NETWORK}
+
+
+def network_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A configuration that says how a file is read and nothing else; ConfigError for any other setting."""
+    if strange := [name for name in settings if name not in NETWORK]:
+        raise ConfigError(f"{strange[0]!r} does not say how a network is read; these do: {', '.join(NETWORK)}")
+    return load_config(flags=settings)
 
 
 def _recipe(name: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ Axis = Literal["mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads"]
 AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")
 PER_HEAD: tuple[Axis, ...] = ("attn_query", "attn_value")  # whose widths are those of one head
 
+Outputs = Literal["classes", "features"]  # logits of classes, or an embedding whose channels mean nothing alone
+
 Indices = tuple[NonNegativeInt, ...]
 
 # bounds of ours, for flags and for what files state

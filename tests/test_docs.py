@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import timm
 import torch
@@ -17,11 +18,13 @@ from typer.main import get_command
 
 import kcrprune
 from kcrprune import families
+from kcrprune.artifact.artifact import save_model
 from kcrprune.checkpoints import signatures
 from kcrprune.checkpoints.dense import open_dense
 from kcrprune.cli.app import app
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.cost import MacCost
+from kcrprune.pipeline.demo import ARCHITECTURE, PREPROCESSING
 from kcrprune.surgery.certificate import certificate
 from kcrprune.surgery.gated import harden_
 from kcrprune.surgery.narrow import cut_
@@ -110,6 +113,25 @@ def test_the_architecture_names_every_unit_and_only_what_exists():
     assert all((ROOT / path).exists() for path in named)
     units = {path for path in (ROOT / "kcrprune").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {path.name for path in units} - {"__main__.py"} <= {path.split("/")[1] for path in named}
+
+
+def test_the_loop_of_the_training_page_runs(tmp_path, monkeypatch):
+    """On a cut network in place of the demo's."""
+    monkeypatch.chdir(tmp_path)
+    architecture = ARCHITECTURE.model_copy(update={"arguments": {**ARCHITECTURE.arguments, "depth": 1}})
+    model = families.build(architecture)
+    plan = random_plan(model, architecture.name, 1)
+    stated: dict = {"architecture": architecture, "preprocessing": PREPROCESSING, "class_names": tuple("0123456789")}
+    save_model(tmp_path / "demo" / "dense.safetensors", model, plan=None, record={}, **stated)
+    save_model(tmp_path / "demo" / "run" / "model.safetensors", cut_(model, plan), plan=plan, record={}, **stated)
+    exec("\n".join(blocks(ROOT / "docs" / "training.md", "python")), {})  # our own page
+    [cut, mine, again] = (kcrprune.load(name).eval() for name in ("demo/run", "mine", "mine-again"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(mine(images), again(images))
+        assert not torch.equal(mine(images), cut(images))
+    graph = onnx.load("mine.onnx")
+    assert (graph.opset_import[0].version, graph.ir_version) == (17, 8)
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ from kcrprune.atomic import write_atomically
 from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.plan import PER_HEAD, ChannelPlan
-from kcrprune.run.describe import class_count
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.parts import divide
@@ -182,7 +181,7 @@ def accuracy_in_training(run: Path, options: Mapping[str, Any]) -> Evaluation:
     opened = open_model(run)
     few = {"batch_size": TRAIN_BATCH, "calibration_images": 1, "score_images": 1}
     config = load_config(options.get("recipe"), None, {**options, **few})
-    images = open_images(config, opened.preprocessing, class_count(opened.model))
+    images = open_images(config, opened.preprocessing, opened.class_count)
     batches = divide(replace(images, train=images.calibrate), config).training
     return evaluate(opened.model.eval(), list(islice(batches, TRAIN_IMAGES // TRAIN_BATCH)), listener=ignore)
 

@@ -34,7 +34,6 @@ from kcrprune.config import load_config
 from kcrprune.events import ignore
 from kcrprune.families import FeatureTap
 from kcrprune.measure.tables import ABSENT, Table, markdown
-from kcrprune.run.describe import class_count
 from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
@@ -179,7 +178,7 @@ class Bench(Workbench):
         config = load_config(None, None, self._told(seed) | further)
         accelerator = open_accelerator("cpu", "fp32")
         model, dense = opened.model.eval(), open_model(self.checkpoint).model.eval()
-        images = open_images(config, opened.preprocessing, class_count(dense))
+        images = open_images(config, opened.preprocessing, opened.class_count)
         parts = divide(images, config)
         plain = divide(replace(images, train=images.calibrate), config.model_copy(update={"batch_size": TRAIN_BATCH}))
         assert parts.evaluation is not None

@@ -31,7 +31,6 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.measure.tables import ABSENT, Table, markdown
 from kcrprune.method.budget import Scores, solve
 from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
-from kcrprune.run.describe import class_count
 from kcrprune.run.network import allowed_of, open_for_run
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_
@@ -94,7 +93,7 @@ class Bench:
         self.dense = opened.model.eval()
         size = opened.preprocessing.input_size
         self.allowed = allowed_of(self.dense, count_macs(self.dense, size), size, config)
-        parts = divide(open_images(config, opened.preprocessing, class_count(self.dense)), config)
+        parts = divide(open_images(config, opened.preprocessing, opened.class_count), config)
         self.target, self.name, self.calibration = target, opened.architecture.name, parts.calibration
         self.balanced = copy.deepcopy(self.dense)
         balance_(self.balanced, self.allowed.groups, self.calibration)

@@ -27,7 +27,6 @@ import kcrprune
 from kcrprune.artifact.artifact import open_model
 from kcrprune.config import load_config
 from kcrprune.plan import Axis, ChannelPlan
-from kcrprune.run.describe import class_count
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.parts import divide
@@ -71,7 +70,7 @@ class Bench:
         """Eigenvalues of the features' second moment as shares of their sum, on the same calibration images."""
         opened = open_model(path)
         config = load_config(None, None, {"data": str(self.data), "target_flops": self.target})
-        images = open_images(config, opened.preprocessing, class_count(opened.model))
+        images = open_images(config, opened.preprocessing, opened.class_count)
         spectrum = feature_covariance(opened.model.eval(), divide(images, config).calibration).spectrum().numpy()
         return spectrum / spectrum.sum()
 

@@ -25,12 +25,14 @@ from kcrprune.containers.contents import digest, read_all
 from kcrprune.containers.safetensors_file import Header, is_safetensors, read_header
 from kcrprune.containers.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
+from kcrprune.families import outputs_of
 from kcrprune.measure.report import Recorded
-from kcrprune.plan import Architecture, ChannelPlan, Frozen, Preprocessing, canonical_json, sides
+from kcrprune.plan import Architecture, ChannelPlan, Frozen, Outputs, Preprocessing, canonical_json, sides
 from kcrprune.surgery.narrow import cut_
 
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
 KEY: Final = "kcrprune"
+DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODEL_FILE: Final = "model.safetensors"  # the artifact inside a run folder
 
 
@@ -41,6 +43,7 @@ class Contract(Frozen):
     architecture: Architecture
     plan: ChannelPlan | None
     preprocessing: Preprocessing
+    outputs: Outputs | None = None  # None, in files of before: as the last layer says
     class_names: tuple[str, ...] | None
     record: dict[str, JsonValue] = Field(default_factory=dict)
     content_hash: str
@@ -55,17 +58,25 @@ def save_model(
     preprocessing: Preprocessing,
     class_names: tuple[str, ...] | None,
     record: Mapping[str, JsonValue],
+    outputs: Outputs | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a dense or pruned network; OutputExistsError where `path` is taken."""
+    """Writes a dense or pruned network; OutputExistsError where `path` is taken.
+
+    `outputs` None: as its last layer says; `dtype` None: its parameters are stored as they are.
+    """
     path = Path(path)
     if path.exists():
         raise OutputExistsError(taken(path))
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    learned = dict(model.named_parameters())
+    stored = {name: value.to(dtype) if name in learned else value for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
     contract = Contract(
         format=FORMAT,
         architecture=architecture,
         plan=plan,
         preprocessing=preprocessing,
+        outputs=outputs or outputs_of(model),
         class_names=class_names,
         record=dict(record),
         content_hash=content_hash(tensors),
@@ -81,6 +92,17 @@ def save_model(
     write_atomically(path, write)
 
 
+@torch.no_grad()
+def rounded_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Rounds the parameters to what `dtype` can hold; ConfigError names one that is too large for it."""
+    for name, parameter in model.named_parameters():
+        rounded = parameter.to(dtype).to(parameter.dtype)
+        if not torch.equal(rounded.isfinite(), parameter.isfinite()):
+            raise ConfigError(f"{name} holds values that {dtype} is too small for; choose --dtype bfloat16 or float32")
+        parameter.copy_(rounded)
+    return model
+
+
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of names, types, shapes and bytes of some tensors, in the order of their names."""
     total = sha256()
@@ -91,10 +113,16 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a file, or the model of a folder, is of kcrprune's making."""
+    file = path / MODEL_FILE if path.is_dir() else path
+    return file.is_file() and is_safetensors(file) and KEY in read_header(file).metadata
+
+
 def open_model(path: Path, **overrides: Any) -> Opened:
     """The network in an artifact, a run folder, or (`open_dense`) any checkpoint that somebody else wrote.
 
-    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing alone.
+    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing, and `outputs`.
     """
     path = Path(path)
     file = path / MODEL_FILE if path.is_dir() else path
@@ -108,6 +136,7 @@ def open_model(path: Path, **overrides: Any) -> Opened:
 def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> Opened:
     contract = _contract(path, header.metadata[KEY])
     stated = {key: value for key, value in overrides.items() if value is not None}
+    asked = stated.pop("outputs", None)
     flags = Flags(**{key: stated.pop(key) for key in tuple(stated) if key in Flags.__dataclass_fields__})
     if stated:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(stated))
@@ -123,12 +152,15 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
     if contract.plan is not None:
         cut_(model, contract.plan)
     model.load_state_dict(tensors, strict=True)
+    own = outputs_of(model)
+    outputs = "features" if own == "features" else asked or contract.outputs or own
     return Opened(
         model=model.eval(),
         architecture=contract.architecture,
         preprocessing=overridden(contract.preprocessing, flags),
         plan=contract.plan,
-        class_names=contract.class_names,
+        outputs=outputs,
+        class_names=contract.class_names if outputs == "classes" else None,
         layout="kcrprune artifact",
         notes=("architecture, plan and preprocessing: written by kcrprune, content hash verified",),
         path=path,

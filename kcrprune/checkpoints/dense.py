@@ -12,6 +12,7 @@ from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
 from kcrprune.checkpoints.inference import Inferred, infer
 from kcrprune.checkpoints.loading import check_finite, load_dense
 from kcrprune.checkpoints.locate import Located, locate
+from kcrprune.checkpoints.outputs import outputs_of_file
 from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
 from kcrprune.checkpoints.registry import bare_name
 from kcrprune.checkpoints.shapes import classes_of
@@ -19,8 +20,8 @@ from kcrprune.checkpoints.statements import stated
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import digest, read_all, shapes_of
 from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
-from kcrprune.families import family_of
-from kcrprune.plan import Architecture, ChannelPlan, Preprocessing, as_sides, sides, size_text
+from kcrprune.families import classifiers, family_of
+from kcrprune.plan import Architecture, ChannelPlan, Outputs, Preprocessing, as_sides, sides, size_text
 
 HUB: Final = re.compile(r"(hf-hub:)?[\w.-]+/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.ckpt)(?<!\.safetensors)")
 
@@ -33,7 +34,8 @@ class Opened:
     architecture: Architecture
     preprocessing: Preprocessing
     plan: ChannelPlan | None  # None: a dense network
-    class_names: tuple[str, ...] | None
+    outputs: Outputs
+    class_names: tuple[str, ...] | None  # None: not known, or features
     layout: str  # for people: "torchvision Swin", "kcrprune artifact"
     notes: tuple[str, ...]  # how each thing is known, one sentence each
     path: Path
@@ -41,6 +43,19 @@ class Opened:
     record: dict[str, Any] = field(default_factory=dict)  # the run that made an artifact
     new_head: bool = False  # the classifier is not the file's, and untrained
     foreign_names: tuple[str, ...] = ()  # what a pickle mentions and nobody runs
+
+    @property
+    def class_count(self) -> int:
+        """How many classes the outputs are of; 0 for features."""
+        return classifiers(self.model)[0].out_features if self.outputs == "classes" else 0
+
+    @property
+    def feature_count(self) -> int:
+        """How many channels the features have; 0 for classes."""
+        if self.outputs == "classes":
+            return 0
+        last = classifiers(self.model)
+        return last[0].out_features if last else int(self.model.head_hidden_size)  # type: ignore[arg-type]
 
 
 def open_dense(
@@ -54,6 +69,7 @@ def open_dense(
     std: tuple[float, ...] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
+    outputs: Outputs | None = None,
 ) -> Opened:
     """The dense network in a checkpoint that somebody else wrote; the keywords are the user's own words.
 
@@ -79,14 +95,22 @@ def open_dense(
     new_head = bool(num_classes) and classes == 0
     model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
     family = family_of(model).name
+    named = evidence.class_names is not None
+    known, output_notes = outputs_of_file(
+        model, outputs, final.architecture, located.layout, named=named, new_head=new_head
+    )
     return Opened(
         model=model,
         architecture=final.architecture.model_copy(update={"family": family}),
         preprocessing=preprocessing_of(final, evidence, Flags(mean, std, interpolation, crop_pct)),
         plan=None,
-        class_names=evidence.class_names,
+        outputs=known,
+        class_names=evidence.class_names if known == "classes" else None,
         layout=f"{located.layout.name}, {contents.container}",
-        notes=(*located.notes(left_out), *_called(evidence), *inferred.notes, *size_notes, *head_notes),
+        notes=(
+            *(*located.notes(left_out), *_called(evidence), *inferred.notes),
+            *(*size_notes, *head_notes, *output_notes),
+        ),
         path=path,
         digest=digest(contents.files),
         new_head=new_head,

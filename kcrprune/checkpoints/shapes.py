@@ -159,7 +159,8 @@ def _check_alike(shapes: Shapes, blocks: list[str]) -> None:
             if _shape(shapes, block + part, 2) != wanted:
                 raise UnsupportedModelError(
                     f"{block}{part} is {shapes[block + part]} where the first block has {wanted}; "
-                    "a network that was pruned by other means cannot be opened"
+                    "a network that was pruned by other means cannot be opened "
+                    "(the weights of one that kcrprune cut: load_state_dict into kcrprune.load's, then kcrprune.save)"
                 )
 
 

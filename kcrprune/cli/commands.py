@@ -5,23 +5,26 @@ from typing import Any
 from kcrprune.cli import render
 from kcrprune.cli.options import (
     IMAGES,
-    NETWORK,
     CheckpointArg,
     ConfigOpt,
     FileArg,
+    FileOpt,
     FormatOpt,
+    FormOpt,
     FreshOpt,
     JsonOpt,
     LatencyOpt,
     ModelArg,
     OnnxOpt,
+    OpsetOpt,
     OtherArg,
     OutOpt,
     QuietOpt,
     RunArg,
     takes_settings,
 )
-from kcrprune.config import load_config
+from kcrprune.config import NETWORK, load_config
+from kcrprune.errors import ConfigError
 
 
 @takes_settings()
@@ -48,33 +51,59 @@ def compress(
     render.run(result, as_json=as_json)
 
 
+@takes_settings(*NETWORK)
 def report(
     model: ModelArg,
     other: OtherArg = None,
     *,
     latency: LatencyOpt = False,
     form: FormatOpt = "table",
+    config: ConfigOpt = None,
     quiet: QuietOpt = False,
+    given: dict[str, Any],
 ) -> None:
     """Say what a model is and costs, or compare two."""
+    settings = load_config(file=config, flags=given)
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
         paths = [model] if other is None else [model, other]
-        reports = pipeline.report(paths, latency=latency, listener=listener)
+        reports = pipeline.report(paths, latency=latency, listener=listener, config=settings)
     render.reports(reports, form=form)
 
 
-def export(model: RunArg = None, *, onnx: OnnxOpt = None, quiet: QuietOpt = False, as_json: JsonOpt = False) -> None:
-    """Write a model as ONNX, and check that it computes the same.
+@takes_settings(*NETWORK)
+def export(
+    model: RunArg = None,
+    *,
+    onnx: OnnxOpt = None,
+    form: FormOpt = "onnx",
+    out: FileOpt = None,
+    opset: OpsetOpt = 20,
+    config: ConfigOpt = None,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+    given: dict[str, Any],
+) -> None:
+    """Write a model as ONNX, and check that it computes the same; or in a form for people without kcrprune.
 
     ONNX Runtime and PyTorch are compared at three batch sizes; after a mismatch there is no file at the requested path.
     """
+    if onnx is not None and (form != "onnx" or out is not None):
+        raise ConfigError("--onnx names an ONNX file; where --format or --out is given, leave it out")
+    settings = load_config(file=config, flags=given)
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
-        result = pipeline.export(model, onnx if onnx and onnx.name else None, listener)
-    render.exported(result, as_json=as_json)
+        if form == "onnx":
+            path = out or (onnx if onnx and onnx.name else None)
+            result = pipeline.export(model, path, listener, config=settings, opset=opset)
+        else:
+            result = pipeline.port(model, out, form, settings, listener)
+    if isinstance(result, pipeline.Ported):
+        render.ported(result, as_json=as_json)
+    else:
+        render.exported(result, as_json=as_json)
 
 
 @takes_settings(*IMAGES, *NETWORK)

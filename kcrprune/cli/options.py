@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import RunConfig
+from kcrprune.config import RunConfig, Share
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
@@ -24,10 +24,10 @@ PANELS: Final = {  # the first setting of each group in the help
 SHAPES: Final = {"img_size": "SIDE|H,W"}
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
-NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
 IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device")
 
 Format = Literal["table", "json", "markdown"]
+Form = Literal["onnx", "pt2", "timm"]
 
 CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file with weights, or its folder.")]
 FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="Anything that may hold weights; nothing in it is run.")]
@@ -50,6 +50,14 @@ OnnxOpt = Annotated[
     Path | None,
     typer.Option("--onnx", metavar="[FILE]", help="Write ONNX to FILE; without FILE, beside the model."),
 ]
+FormOpt = Annotated[
+    Form,
+    typer.Option("--format", "-f", help="onnx, a program of torch.export (pt2), or a folder that timm opens."),
+]
+FileOpt = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write it; else beside the model.")
+]
+OpsetOpt = Annotated[int, typer.Option("--opset", help="ONNX opset to write: 17 to 23; older runtimes want 17.")]
 LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]
 FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -126,17 +134,20 @@ def _option(name: str) -> Parameter:
     info = typer.Option(
         *declarations,
         help=_help(name),
-        metavar=SHAPES.get(name, "A,B,...") if kind is tuple else None,
+        metavar=SHAPES.get(name, "A,B,...") if kind is tuple else "SHARE" if kind is Share else None,
         rich_help_panel=panel(name),
         show_default=False,
     )
-    annotation = Annotated[Union[str if kind is tuple else kind, None], info]  # noqa: UP007 (`kind` is a value)
+    annotation = Annotated[Union[str if kind in (tuple, Share) else kind, None], info]  # noqa: UP007 (`kind` is a value)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _kind(name: str) -> Any:
-    """The type of a setting as Typer knows it; `tuple` for what may be a list, which is written with commas."""
-    kinds = _members(RunConfig.model_fields[name].annotation)
+    """The type of a setting as Typer knows it; `tuple` for lists, which are written with commas, `Share` for shares."""
+    field = RunConfig.model_fields[name]
+    if any(part in field.metadata for part in get_args(Share)[1:2]):  # pydantic's own word is float
+        return Share
+    kinds = _members(field.annotation)
     return tuple if any(get_origin(kind) is tuple for kind in kinds) else kinds[0]
 
 

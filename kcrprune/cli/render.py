@@ -22,9 +22,13 @@ from kcrprune.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:  # these modules import torch
     from kcrprune.graphs import ExportResult
-    from kcrprune.pipeline import RunResult
+    from kcrprune.pipeline import Ported, RunResult
     from kcrprune.training.evaluate import Evaluation
 
+OPENED_BY = {  # how people without kcrprune open what was exported
+    "pt2": "for torch.export.load(path).module()",
+    "timm": "for timm.create_model('local-dir:' + path, pretrained=True)",
+}
 WIDE = 10_000  # columns of a pipe or a file, where nothing needs to wrap
 
 
@@ -67,6 +71,14 @@ def exported(result: "ExportResult", *, as_json: bool = False) -> None:
         f"ONNX Runtime computes what PyTorch does at batch sizes {batches}: "
         f"largest difference {result.max_abs_diff:.1e}, allowed {result.tolerance:.1e}"
     )
+
+
+def ported(result: "Ported", *, as_json: bool = False) -> None:
+    """What was written, and how it is opened."""
+    if as_json:
+        _json(result)
+    else:
+        line(f"{result.path}: {tables.file_size(result.bytes)}, {OPENED_BY[result.form]}")
 
 
 def evaluation(result: "Evaluation", *, as_json: bool = False) -> None:

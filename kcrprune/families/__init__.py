@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
-from kcrprune.families.features import FeatureTap, classifiers
+from kcrprune.families.features import FeatureTap, classifiers, outputs_of
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
 from kcrprune.families.slim import SlimAttention, kept_widths
@@ -122,5 +122,6 @@ __all__ = [
     "find_groups",
     "groups_of",
     "kept_widths",
+    "outputs_of",
     "owner_of",
 ]

@@ -6,12 +6,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kcrprune.plan import Outputs
+
 
 def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
     """The last linear layers: one, two for a distilled network, none for a bare backbone."""
     found = model.get_classifier()  # type: ignore[operator]
     found = found if isinstance(found, tuple) else (found,)
     return tuple(layer for layer in found if isinstance(layer, nn.Linear))
+
+
+def outputs_of(model: nn.Module) -> Outputs:
+    """What the outputs of a network are where nobody says: classes behind a last linear layer, features without one."""
+    return "classes" if classifiers(model) else "features"
 
 
 class FeatureTap:

@@ -13,10 +13,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from kcrprune.errors import CheckpointError
 from kcrprune.graphs import wire
-from kcrprune.plan import LARGEST_SIDE, MOST_CHANNELS, Preprocessing, sides
+from kcrprune.plan import LARGEST_SIDE, MOST_CHANNELS, Outputs, Preprocessing, sides
 
 LARGEST_FILE = 2**31 - 1  # bytes; protobuf cannot hold more
 LARGEST_IMAGE: Final = (MOST_CHANNELS, LARGEST_SIDE, LARGEST_SIDE)
+NAMES: Final[dict[Outputs, str]] = {"classes": "logits", "features": "features"}  # of an exported graph's output
 FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
@@ -153,12 +154,13 @@ def agree(preprocessing: Preprocessing | None, size: tuple[int, int, int]) -> No
         raise CheckpointError(f"its metadata prepare images of {preprocessing.input_size}, its input takes {size}")
 
 
-def logits_output(graph: GraphProto) -> str:
-    """The name of the output that holds the logits: the only one, the one called so, or the only flat one."""
+def answers(graph: GraphProto) -> str:
+    """The name of the output to read: the only one, one called logits or features, or the only flat one."""
     outputs = list(graph.output)
     flat = [value for value in outputs if len(value.type.tensor_type.shape.dim) == 2]
-    for candidates in (outputs, [value for value in outputs if value.name == "logits"], flat):
+    called = [[value for value in outputs if value.name == name] for name in NAMES.values()]
+    for candidates in (outputs, *called, flat):
         if len(candidates) == 1:
             return candidates[0].name
     names = ", ".join(value.name[:40] for value in outputs[:5])
-    raise CheckpointError(f"it has {len(outputs)} outputs ({names}), none of them clearly the logits")
+    raise CheckpointError(f"it has {len(outputs)} outputs ({names}), none of them clearly the logits or the features")

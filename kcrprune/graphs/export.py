@@ -16,15 +16,17 @@ from onnx import AttributeProto, GraphProto, ModelProto
 from torch import nn
 
 from kcrprune.atomic import taken, write_atomically
-from kcrprune.errors import CheckpointError, ExportError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, ExportError, OutputExistsError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
-from kcrprune.graphs.checks import LARGEST_FILE
+from kcrprune.graphs.checks import LARGEST_FILE, NAMES
 from kcrprune.graphs.open import OnnxModel, open_onnx
+from kcrprune.plan import Outputs
 from kcrprune.version import __version__
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
+OPSETS = range(17, 24)  # those that PyTorch writes these networks in
 EXAMPLE_BATCH = 2  # the exporter takes a batch of one for a constant
-# Largest difference allowed, in standard deviations of the logits. Ours: float32 networks of 0.03 to 86 M parameters,
+# Largest difference allowed, in standard deviations of the outputs. Ours: float32 networks of 0.03 to 86 M parameters,
 # random and trained, dense and cut, were measured at 6e-6 and below; one weight off by 1e-3 lies far above.
 TOLERANCE = 1e-4
 ROOM = 2**24  # bytes left for what is not weights
@@ -37,8 +39,8 @@ class ExportResult:
 
     path: Path
     batch_sizes: tuple[int, ...]  # compared
-    max_abs_diff: float  # of a logit
-    max_rel_diff: float  # the same in standard deviations of the logits
+    max_abs_diff: float  # of an output
+    max_rel_diff: float  # the same in standard deviations of the outputs
     tolerance: float  # what max_abs_diff was allowed to be
     nodes: int
     bytes: int
@@ -51,7 +53,7 @@ class Difference:
     """How far two networks are apart, and how far apart they may be."""
 
     largest: float
-    deviation: float  # standard deviation of the logits
+    deviation: float  # standard deviation of the outputs
 
     @property
     def tolerance(self) -> float:
@@ -60,7 +62,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """In standard deviations of the logits; 0 where nothing differs."""
+        """In standard deviations of the outputs; 0 where nothing differs."""
         return self.largest / self.deviation if self.largest else 0.0
 
 
@@ -70,6 +72,7 @@ def export_onnx(
     *,
     input_size: tuple[int, int, int],
     metadata: Mapping[str, str],
+    outputs: Outputs = "classes",
     batch_sizes: Sequence[int] = (1, 2, 5),
     opset: int = 20,
     seed: int = 0,
@@ -77,16 +80,21 @@ def export_onnx(
 ) -> ExportResult:
     """Writes a network, its weights included, as one ONNX file; the model is left as it is.
 
-    OutputExistsError where the path is taken; ExportError, and no file, where the graph cannot be made or does not
-    compute what the model does on random images of every size in `batch_sizes`.
+    The input is called images, the output logits or features.
+
+    ConfigError for an opset that is not in OPSETS; OutputExistsError where the path is taken; ExportError, and no file,
+    where the graph cannot be made or does not compute what the model does on random images of every size in
+    `batch_sizes`.
     """
     path, start = Path(path), time.perf_counter()
     if path.exists() or path.is_symlink():
         raise OutputExistsError(taken(path))
+    if opset not in OPSETS:
+        raise ConfigError(f"opset {opset} cannot be written; choose one from {OPSETS[0]} to {OPSETS[-1]}")
     _check_size(model)
     network = deepcopy(model).to("cpu", torch.float32).eval()
     listener(StageStarted("export"))
-    data = _serialised(_tidy_(_graph_of(network, input_size, opset), metadata))
+    data = _serialised(_tidy_(_graph_of(network, input_size, NAMES[outputs], opset), metadata))
     verified: list[tuple[OnnxModel, Difference]] = []
 
     def write(temporary: Path) -> None:
@@ -124,7 +132,7 @@ def _check_size(model: nn.Module) -> None:
         )
 
 
-def _graph_of(network: nn.Module, input_size: tuple[int, int, int], opset: int) -> ModelProto:
+def _graph_of(network: nn.Module, input_size: tuple[int, int, int], output: str, opset: int) -> ModelProto:
     """The traced graph, its batch dimension free."""
     example = torch.zeros(EXAMPLE_BATCH, *input_size)
     try:
@@ -137,7 +145,7 @@ def _graph_of(network: nn.Module, input_size: tuple[int, int, int], opset: int) 
                 external_data=False,
                 opset_version=opset,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
     except (RuntimeError, ValueError) as error:  # torch.onnx.OnnxExporterError is the first
@@ -171,7 +179,8 @@ def _silence() -> Iterator[None]:
 
 
 def _tidy_(model: ModelProto, metadata: Mapping[str, str]) -> ModelProto:
-    """Takes the exporting machine out of a graph and puts our metadata in."""
+    """Takes the exporting machine out of a graph, puts our metadata in, and asks for the oldest IR of its opset."""
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     model.producer_name, model.producer_version, model.doc_string = "kcrprune", __version__, ""
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
@@ -211,14 +220,14 @@ def _compare(
         actual.append(graph(images))
         if actual[-1].shape != expected[-1].shape:
             shapes = f"{tuple(actual[-1].shape)}, the model {tuple(expected[-1].shape)}"
-            raise ExportError(f"the exported graph gives logits of shape {shapes}; nothing was written")
+            raise ExportError(f"the exported graph gives outputs of shape {shapes}; nothing was written")
         listener(StepDone("export", step, {"batch": batch}))
     reference = torch.cat(expected)
     largest = float((torch.cat(actual) - reference).abs().max())
     difference = Difference(largest, float(reference.std(correction=0)))
     if not difference.largest <= difference.tolerance:  # also where one of them is not a number
         raise ExportError(
-            f"the exported graph does not compute what the model does and was not kept: logits differ by "
+            f"the exported graph does not compute what the model does and was not kept: outputs differ by "
             f"{difference.largest:.2e}, allowed are {difference.tolerance:.2e} ({TOLERANCE:g} standard deviations)"
         )
     return difference

@@ -15,13 +15,13 @@ from kcrprune.errors import CheckpointError, DataError
 from kcrprune.graphs import checks
 from kcrprune.graphs.counted import graph_macs, skeleton, weight_count
 from kcrprune.graphs.record import GraphRecord
-from kcrprune.plan import Preprocessing
+from kcrprune.plan import Outputs, Preprocessing
 
 FATAL_ONLY = 4  # ONNX Runtime's log level; what fails is raised, too
 
 
 class OnnxModel:
-    """An ONNX graph from images to logits; called with a tensor, it runs on the CPU.
+    """An ONNX graph from images to logits or features; called with a tensor, it runs on the CPU.
 
     ONNX Runtime loads the graph at the first call, so that looking at a file runs nothing of it.
     """
@@ -34,7 +34,7 @@ class OnnxModel:
         self.nodes = len(model.graph.node)
         self.opset = max((entry.version for entry in model.opset_import if not entry.domain), default=0)
         self.stored_values = weight_count(model)
-        self._output = checks.logits_output(model.graph)
+        self._output = checks.answers(model.graph)
         image = checks.image_input(model.graph)
         self.input_size = checks.input_size(image, img_size)  # channels, height, width
         for dim, size in zip(image.type.tensor_type.shape.dim[1:], self.input_size, strict=True):
@@ -48,6 +48,11 @@ class OnnxModel:
     def preprocessing(self) -> Preprocessing | None:
         """How an image becomes an input, where the graph says so."""
         return self.record.preprocessing
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the graph gives: its own word, else classes unless the output is called features."""
+        return self.record.outputs or ("features" if self._output == checks.NAMES["features"] else "classes")
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -76,7 +81,7 @@ class OnnxModel:
         return size if size > 0 else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of normalised images (batch, C, H, W), in float32 on the images' device."""
+        """Logits (batch, classes) or features of normalised images (batch, C, H, W), in float32 on their device."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size:
             raise DataError(
                 f"{self.path} takes batches of images of size {self.input_size} (channels, height, width); "
@@ -116,7 +121,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def open_onnx(path: Path, *, img_size: int | tuple[int, int] | None = None) -> OnnxModel:
-    """The graph in a file, checked: whole, images in and logits out, no data from outside its folder.
+    """The graph in a file, checked: whole, images in, logits or features out, no data from outside its folder.
 
     `img_size` is the side, or height and width, for a graph that leaves them open. CheckpointError for anything else.
     """

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kcrprune.errors import CheckpointError
 from kcrprune.measure.report import BlockWidths, Count, block_widths
-from kcrprune.plan import Architecture, ChannelPlan, Preprocessing, canonical_json
+from kcrprune.plan import Architecture, ChannelPlan, Outputs, Preprocessing, canonical_json
 from kcrprune.version import __version__
 
 PREFIX = "kcrprune."
+TEXTS = (str | None, Outputs | None)  # kinds of fields that stand as they are
 
 
 class GraphRecord(BaseModel):
@@ -27,6 +28,7 @@ class GraphRecord(BaseModel):
     architecture: str | None = None  # timm's name of the dense network
     family: str | None = None
     preprocessing: Preprocessing | None = None
+    outputs: Outputs | None = None
     class_names: tuple[str, ...] | None = None
     plan_digest: str | None = None  # sha256 of the plan's canonical JSON
     blocks: tuple[BlockWidths, ...] | None = None
@@ -54,10 +56,9 @@ class GraphRecord(BaseModel):
 
 
 def _parsed(key: str, text: str, kind: Any) -> Any:
-    if kind == str | None:
-        return text
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return adapter.validate_python(text) if kind in TEXTS else adapter.validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise CheckpointError(f"its metadata is damaged: {key}: {problem}") from error
@@ -68,6 +69,7 @@ def metadata_of(
     architecture: Architecture,
     preprocessing: Preprocessing,
     plan: ChannelPlan | None,
+    outputs: Outputs,
     class_names: tuple[str, ...] | None,
     parameters: int,
     macs: int,
@@ -80,6 +82,7 @@ def metadata_of(
         architecture=architecture.name,
         family=architecture.family,
         preprocessing=preprocessing,
+        outputs=outputs,
         class_names=class_names,
         plan_digest=digest,
         blocks=plan and block_widths(plan),

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from kcrprune.plan import PER_HEAD, Axis, ChannelPlan, Frozen, Kept, Preprocessing
+from kcrprune.plan import PER_HEAD, Axis, ChannelPlan, Frozen, Kept, Outputs, Preprocessing
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -65,13 +65,19 @@ class KernelFigures(Frozen):
 
 
 class Accuracy(Frozen):
-    """What an evaluation over `images` images found; shares between 0 and 1."""
+    """What an evaluation over `images` images found; shares between 0 and 1.
+
+    Of classes the first four figures; of features the last three, each against those of the dense network.
+    """
 
     images: PositiveInt
     top1: Share | None = None
     top5: Share | None = None
     loss: float | None = None  # cross-entropy in nats
     agreement: Share | None = None  # how often the dense network names the same class
+    distance: NonNegativeFloat | None = None  # relative squared: mean over images of |y - y0|^2 / |y0|^2
+    cosine: float | None = None  # mean over images
+    retrieval: Share | None = None  # how often the nearest neighbour among the evaluation images is the same one
 
 
 class Recorded(BaseModel):
@@ -93,6 +99,7 @@ class ModelReport(Frozen):
     architecture: str | None  # timm's name
     family: str | None
     input_size: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
+    outputs: Outputs | None = None
     parameters: NonNegativeInt
     macs: NonNegativeInt | None  # multiply-accumulates of one image
     dense_macs: PositiveInt | None = None  # those of the network before the cut
@@ -102,6 +109,7 @@ class ModelReport(Frozen):
     accuracy: Accuracy | None = None
     latency_ms: NonNegativeFloat | None = None  # median of one call
     latency_batch: PositiveInt | None = None  # images in that call
+    stated: tuple[str, ...] = ()  # names of the fields above that are the file's own word and were not measured now
     notes: tuple[str, ...] = ()
 
 
@@ -134,7 +142,8 @@ class Inspection(Frozen):
     architecture: str
     family: str
     preprocessing: Preprocessing
-    class_count: NonNegativeInt
+    class_count: NonNegativeInt  # 0 for features
+    feature_count: NonNegativeInt = 0  # 0 for classes
     parameters: NonNegativeInt
     macs: PositiveInt
     file_bytes: NonNegativeInt

@@ -11,37 +11,55 @@ from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelRe
 from kcrprune.measure.tables import ABSENT, Table
 from kcrprune.plan import AXES, Axis
 
+Change = Literal["ratio", "points", "none"]
+
 
 @dataclass(frozen=True)
 class Quantity:
-    """A row of the summary: where its value lies, how it is written, and how two of them compare."""
+    """A row of the summary: the report's field that it comes from, its value, how it is written, how two compare."""
 
+    field: str
     label: str
     value: Callable[[ModelReport], float | None]
     text: Callable[[float], str]
-    change: Literal["ratio", "points", "none"] = "ratio"
+    change: Change = "ratio"
+
+
+def _kernel(label: str, figure: str) -> Quantity:
+    return Quantity("kernel", label, lambda report: report.kernel and getattr(report.kernel, figure), tables.figure)
+
+
+def _accuracy(label: str, figure: str, text: Callable[[float], str], change: Change = "ratio") -> Quantity:
+    return Quantity(
+        "accuracy", label, lambda report: report.accuracy and getattr(report.accuracy, figure), text, change
+    )
 
 
 QUANTITIES: Final = (
-    Quantity("parameters", lambda report: report.parameters, tables.count),
-    Quantity("MACs of one image", lambda report: report.macs, tables.count),
-    Quantity("share of the dense MACs", lambda report: _share(report.macs, report.dense_macs), tables.figure, "none"),
-    Quantity("file size", lambda report: report.file_bytes, tables.file_size),
-    Quantity("time of one call", lambda report: report.latency_ms, tables.milliseconds),
-    Quantity("kernel complexity (KC)", lambda report: report.kernel and report.kernel.kc, tables.figure),
-    Quantity("KC, trace-normalised", lambda report: report.kernel and report.kernel.kc_normalised, tables.figure),
-    Quantity("TNN / trace", lambda report: report.kernel and report.kernel.tnn_relative, tables.figure),
-    Quantity("effective rank", lambda report: report.kernel and report.kernel.effective_rank, tables.figure),
-    Quantity("top-1", lambda report: report.accuracy and report.accuracy.top1, tables.percent, "points"),
-    Quantity("top-5", lambda report: report.accuracy and report.accuracy.top5, tables.percent, "points"),
-    Quantity("loss", lambda report: report.accuracy and report.accuracy.loss, tables.figure),
+    Quantity("parameters", "parameters", lambda report: report.parameters, tables.count),
+    Quantity("macs", "MACs of one image", lambda report: report.macs, tables.count),
     Quantity(
-        "agreement with the dense network",
-        lambda report: report.accuracy and report.accuracy.agreement,
-        tables.percent,
+        "dense_macs",
+        "share of the dense MACs",
+        lambda report: _share(report.macs, report.dense_macs),
+        tables.figure,
         "none",
     ),
+    Quantity("file_bytes", "file size", lambda report: report.file_bytes, tables.file_size),
+    Quantity("latency_ms", "time of one call", lambda report: report.latency_ms, tables.milliseconds),
+    _kernel("kernel complexity (KC)", "kc"),
+    _kernel("KC, trace-normalised", "kc_normalised"),
+    _kernel("TNN / trace", "tnn_relative"),
+    _kernel("effective rank", "effective_rank"),
+    _accuracy("top-1", "top1", tables.percent, "points"),
+    _accuracy("top-5", "top5", tables.percent, "points"),
+    _accuracy("loss", "loss", tables.figure),
+    _accuracy("agreement with the dense network", "agreement", tables.percent, "none"),
+    _accuracy("relative squared distance to its features", "distance", tables.figure, "none"),
+    _accuracy("cosine with its features", "cosine", tables.figure, "none"),
+    _accuracy("retrieval agreement with the dense network", "retrieval", tables.percent, "none"),
 )
+STATED: Final = "stated: the file's own word, not measured now"
 
 
 def summary(reports: Sequence[ModelReport], names: Sequence[str] = ()) -> Table:
@@ -54,14 +72,21 @@ def summary(reports: Sequence[ModelReport], names: Sequence[str] = ()) -> Table:
         ("state", *(report.state for report in reports)),
         ("architecture", *(report.architecture or ABSENT for report in reports)),
         ("input", *(" x ".join(map(str, report.input_size)) for report in reports)),
+        ("outputs", *(report.outputs or ABSENT for report in reports)),
     ]
     rows = [(*fact, "") if pair else fact for fact in facts]
     for quantity in QUANTITIES:
         values = [quantity.value(report) for report in reports]
         if any(value is not None for value in values):
-            cells = [ABSENT if value is None else quantity.text(value) for value in values]
+            cells = [_cell(quantity, report, value) for report, value in zip(reports, values, strict=True)]
             rows.append((quantity.label, *cells, *([_change(quantity, *values)] if pair else [])))
     return Table("Summary", ("", *names, *(["change"] if pair else [])), tuple(rows))
+
+
+def _cell(quantity: Quantity, report: ModelReport, value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return f"{quantity.text(value)} (stated)" if quantity.field in report.stated else quantity.text(value)
 
 
 def _change(quantity: Quantity, before: float | None, after: float | None) -> str:
@@ -123,7 +148,15 @@ def accuracy_table(comparison: Comparison) -> Table:
         ("after", comparison.after.accuracy),
     )
     rows = [(name, accuracy.model_dump(exclude={"images"})) for name, accuracy in measured if accuracy]
-    columns = {"top1": tables.percent, "top5": tables.percent, "loss": tables.figure, "agreement": tables.percent}
+    columns = {
+        "top1": tables.percent,
+        "top5": tables.percent,
+        "loss": tables.figure,
+        "agreement": tables.percent,
+        "distance": tables.figure,
+        "cosine": tables.figure,
+        "retrieval": tables.percent,
+    }
     known = [name for name in columns if any(figures[name] is not None for _, figures in rows)]
     cells = tuple(
         (stage, *(ABSENT if figures[name] is None else columns[name](figures[name]) for name in known))
@@ -145,7 +178,9 @@ def fact_table(inspection: Inspection) -> Table:
         ("std", ", ".join(map(tables.figure, prep.std))),
         ("resize", f"{prep.interpolation}, crop {tables.figure(prep.crop_pct)} ({prep.crop_mode})"),
         ("preprocessing from", prep.source),
-        ("classes", str(inspection.class_count)),
+        ("features", str(inspection.feature_count))
+        if inspection.feature_count
+        else ("classes", str(inspection.class_count)),
         ("parameters", tables.count(inspection.parameters)),
         ("MACs of one image", tables.count(inspection.macs)),
         ("file size", tables.file_size(inspection.file_bytes)),
@@ -177,7 +212,8 @@ def notes_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[str
         return (*what.notes, *pickled)
     reports = (what.before, what.after) if isinstance(what, Comparison) else tuple(what)
     own = what.notes if isinstance(what, Comparison) else ()
-    return tuple(dict.fromkeys((*own, *(note for report in reports for note in report.notes))))
+    stated = (STATED,) if any(report.stated for report in reports) else ()
+    return tuple(dict.fromkeys((*own, *(note for report in reports for note in report.notes), *stated)))
 
 
 def to_markdown(what: Comparison | Inspection | ModelReport | Sequence[ModelReport]) -> str:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kcrprune.families import FeatureTap, classifiers
+from kcrprune.families import FeatureTap, outputs_of
 from kcrprune.method.kernel_complexity import relative_tnn, separable_tnn
+from kcrprune.plan import Outputs
 
 UNLABELLED = -1
 
@@ -41,7 +42,8 @@ class Loss:
 class Objective:
     """What search and recovery minimise; `basis` (d, r) is refreshed by whoever trains.
 
-    `tap` keeps the features that the kernel term acts on; those that enter the classifier unless told otherwise.
+    `tap` keeps the features that the kernel term acts on; those that enter the last layer unless told otherwise.
+    `outputs` None: as the model's last layer says.
     """
 
     dense: Callable[[Tensor], Tensor]
@@ -53,6 +55,7 @@ class Objective:
     temperature: float = 1.0
     basis: Tensor | None = None
     tap: Callable[[nn.Module], FeatureTap] = FeatureTap
+    outputs: Outputs | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
         """The loss of `model` on a batch; images (batch, C, H, W), labels (batch,) with -1 where unknown."""
@@ -76,7 +79,8 @@ class Objective:
         if self.use_dense:
             with torch.no_grad():
                 wanted = self.dense(images).to(output, non_blocking=True)
-            distance = logit_distance if classifiers(model) else feature_distance
+            outputs = self.outputs or outputs_of(model)
+            distance = logit_distance if outputs == "classes" else feature_distance
             parts["distill"] = distance(output, wanted, self.temperature)
         return parts
 
@@ -89,5 +93,15 @@ def logit_distance(output: Tensor, wanted: Tensor, temperature: float = 1.0) -> 
 
 
 def feature_distance(output: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
-    """Squared distance between features as a share of the dense network's; for backbones without a head."""
-    return (output - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
+    """The mean over a batch of `relative_distances`; features have no temperature."""
+    return relative_distances(output, wanted).mean()
+
+
+def relative_distances(output: Tensor, wanted: Tensor) -> Tensor:
+    """|y - y0|^2 / |y0|^2 of each image (batch,): features y (batch, ...) and y0, those wanted, neither centred.
+
+    The one distance of features: losses, the choice between networks and reports take its mean over images, which does
+    not depend on how they are batched. For vectors of equal length it is twice (1 - cosine).
+    """
+    y, y0 = output.flatten(1), wanted.flatten(1)
+    return (y - y0).square().sum(1) / y0.square().sum(1).clamp_min(1e-12)

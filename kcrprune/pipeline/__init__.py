@@ -3,6 +3,6 @@
 from kcrprune.graphs import ExportResult
 from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.demo import demo
-from kcrprune.pipeline.verbs import evaluate, export, inspect, report
+from kcrprune.pipeline.verbs import Ported, evaluate, export, inspect, port, report
 
-__all__ = ["ExportResult", "RunResult", "compress", "demo", "evaluate", "export", "inspect", "report"]
+__all__ = ["ExportResult", "Ported", "RunResult", "compress", "demo", "evaluate", "export", "inspect", "port", "report"]

@@ -34,8 +34,9 @@ def compress(
         folders.require_usable(out, fresh=fresh)
     context = Context(checkpoint, config, listener)
     given = load(context)
-    asked = Asked.of(given["open"].opened.digest, given["images"].fingerprint, config)
-    name = f"{checkpoint.resolve().stem}-{config.target_flops:g}"
+    asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
+    named = checkpoint.resolve()
+    name = f"{named.name if named.is_dir() else named.stem}-{config.target_flops:g}"
     with folders.taken(folders.candidates(out, name, asked, fresh=fresh)) as folder:
         if folders.finished(folder):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")

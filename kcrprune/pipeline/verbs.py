@@ -1,10 +1,14 @@
 """What is done with a model that exists: report, export, evaluate, inspect."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kcrprune.artifact.artifact import open_model
-from kcrprune.config import RunConfig, load_config
+from kcrprune.artifact.artifact import is_artifact, open_model
+from kcrprune.artifact.portable import save_for_timm, save_program
+from kcrprune.checkpoints.dense import Opened
+from kcrprune.config import RunConfig, load_config, network_of
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
@@ -13,7 +17,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost
 from kcrprune.plan import AXES, Axis
-from kcrprune.run.describe import class_count, file_bytes, report_path
+from kcrprune.run.describe import file_bytes, report_path
 from kcrprune.run.folder import newest_model
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.training.evaluate import Evaluation
@@ -25,31 +29,93 @@ from kcrprune.training.precision import open_accelerator
 RECIPES = ("default", "paper")  # those that open different axes
 
 
-def report(paths: Sequence[Path], *, latency: bool = False, listener: Listener) -> tuple[ModelReport, ...]:
-    """The figures of each checkpoint, artifact, run folder or ONNX file."""
-    return tuple(report_path(path, latency=latency) for path in paths)
+@dataclass(frozen=True)
+class Ported:
+    """A network for people without kcrprune."""
+
+    path: Path
+    form: Literal["timm", "pt2"]
+    bytes: int
 
 
-def export(model: Path | None, onnx: Path | None, listener: Listener) -> ExportResult:
+def report(
+    paths: Sequence[Path], *, latency: bool = False, listener: Listener, config: RunConfig | None = None
+) -> tuple[ModelReport, ...]:
+    """The figures of each checkpoint, artifact, run folder or ONNX file.
+
+    `config` says how a checkpoint is read; beside one, what knows itself is read without it.
+    """
+    network = network_of(config) if config else {}
+    knowing = {path for path in paths if path.suffix == ".onnx" or is_artifact(path)}
+    told = set(paths) - knowing or knowing
+    return tuple(report_path(path, network if path in told else {}, latency=latency) for path in paths)
+
+
+def export(
+    model: Path | None,
+    onnx: Path | None,
+    listener: Listener,
+    *,
+    config: RunConfig | None = None,
+    opset: int = 20,
+) -> ExportResult:
     """Writes a model as ONNX, verified; without a model, that of the newest run below the current folder."""
-    if model is None:
-        model = newest_model(Path())
-        listener(Note(f"the newest run: {model.parent}"))
-    opened = open_model(model)
-    path = onnx or (opened.path.with_suffix(".onnx") if opened.path.is_file() else opened.path / "model.onnx")
+    opened = _opened(model, config, listener)
+    path = onnx or _beside(opened, "model.onnx")
     macs = count_macs(opened.model, opened.preprocessing.input_size)
     metadata = metadata_of(
         architecture=opened.architecture,
         preprocessing=opened.preprocessing,
         plan=opened.plan,
+        outputs=opened.outputs,
         class_names=opened.class_names,
         parameters=count_parameters(opened.model),
         macs=macs,
         dense_macs=opened.record.get("dense_macs"),
     )
     return export_onnx(
-        opened.model, path, input_size=opened.preprocessing.input_size, metadata=metadata, listener=listener
+        opened.model,
+        path,
+        input_size=opened.preprocessing.input_size,
+        metadata=metadata,
+        outputs=opened.outputs,
+        opset=opset,
+        listener=listener,
     )
+
+
+def port(
+    model: Path | None, out: Path | None, form: Literal["timm", "pt2"], config: RunConfig, listener: Listener
+) -> Ported:
+    """Writes a model, or that of the newest run, as a program of torch.export or as a folder that timm opens."""
+    opened = _opened(model, config, listener)
+    path = out or _beside(opened, "model.pt2" if form == "pt2" else "model-timm")
+    if form == "pt2":
+        save_program(path, opened.model, input_size=opened.preprocessing.input_size)
+    else:
+        save_for_timm(
+            path,
+            opened.model,
+            architecture=opened.architecture,
+            plan=opened.plan,
+            preprocessing=opened.preprocessing,
+            class_names=opened.class_names,
+        )
+    return Ported(path, form, file_bytes(path))
+
+
+def _opened(model: Path | None, config: RunConfig | None, listener: Listener) -> Opened:
+    if model is None:
+        model = newest_model(Path())
+        listener(Note(f"the newest run: {model.parent}"))
+    return open_model(model, **network_of(config)) if config else open_model(model)
+
+
+def _beside(opened: Opened, name: str) -> Path:
+    """Where something is written that nobody has named: in the model's folder, or called as its file."""
+    if not opened.path.is_file():
+        return opened.path / name
+    return opened.path.with_name(name.replace("model", opened.path.stem, 1))
 
 
 def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
@@ -66,14 +132,18 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
                 f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"
             )
         predict, preprocessing, names = graph, graph.preprocessing, graph.class_names
+        outputs = config.outputs or graph.outputs
         classes = len(names) if names else None
     else:
         opened = open_for_run(model, config)
         device = open_accelerator(config.device, "fp32").device
         predict, preprocessing, names = opened.model.to(device), opened.preprocessing, opened.class_names
-        classes = class_count(opened.model)
-        if classes == 0:
-            raise DataError(f"{model} is a backbone without a classifier; there is nothing to evaluate")
+        classes, outputs = opened.class_count, opened.outputs
+    if outputs == "features":
+        raise DataError(
+            f"the outputs of {model} are features, which name no class, so there is no top-1 by labels; a run's report "
+            "compares them with the dense network's (if they are logits after all, say --outputs classes)"
+        )
     images = open_evaluation(
         config.data,
         preprocessing,
@@ -111,7 +181,8 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
         architecture=opened.architecture.name,
         family=opened.architecture.family,
         preprocessing=opened.preprocessing,
-        class_count=class_count(opened.model),
+        class_count=opened.class_count,
+        feature_count=opened.feature_count,
         parameters=count_parameters(opened.model),
         macs=macs,
         file_bytes=file_bytes(path),

@@ -80,7 +80,9 @@ def _cut(
     name: str,
 ) -> Cut:
     settings = context.settings
-    distance = make_objective(settings.model_copy(update=PLAIN), network.dense, labelled=False)
+    distance = make_objective(
+        settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.opened.outputs
+    )
     measure = HeldOut(distance, pool.parts.held_out, context.device)
     plan = solve(allowed(context, network), scores, settings.target_flops, network.opened.architecture.name)
     require_certificate(network.dense, network.groups, plan, pool.parts.calibration[0][:1].to(context.device))
@@ -117,6 +119,8 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
         accuracy = accuracy_on(context, network, pool, model)
     if accuracy is not None and accuracy.top1 is not None:
         context.say(f"after cut and refit, before recovery: top-1 {100 * accuracy.top1:.2f} %")
+    if accuracy is not None and accuracy.distance is not None:
+        context.say(f"after cut and refit, before recovery: relative squared distance {accuracy.distance:.4g}")
     steps = settings.recover_steps if settings.epochs is None else settings.epochs * len(pool.parts.training)
     with context.part("recover", steps):
         found = recover_(

@@ -1,13 +1,14 @@
 """Turns what was opened or measured into reports."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.checkpoints.dense import Opened
-from kcrprune.families import classifiers
 from kcrprune.graphs import OnnxModel, open_onnx
 from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_macs, count_parameters
@@ -15,12 +16,6 @@ from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for, tails
 from kcrprune.surgery.narrow import full_plan
 from kcrprune.training.evaluate import Evaluation
-
-
-def class_count(model: nn.Module) -> int:
-    """Number of classes, 0 for a bare backbone."""
-    heads = classifiers(model)
-    return heads[0].out_features if heads else 0
 
 
 def kernel_figures(covariance: Covariance, rank_share: float) -> KernelFigures:
@@ -43,22 +38,19 @@ def kernel_figures(covariance: Covariance, rank_share: float) -> KernelFigures:
 
 def accuracy_of(evaluation: Evaluation) -> Accuracy:
     """An evaluation as a report's figures."""
-    return Accuracy(
-        images=evaluation.images,
-        top1=evaluation.top1,
-        top5=evaluation.top5,
-        loss=evaluation.loss,
-        agreement=evaluation.agreement,
-    )
+    return Accuracy.model_validate(asdict(evaluation))
 
 
-def report_of(opened: Opened, *, kernel: KernelFigures | None = None, accuracy: Accuracy | None = None) -> ModelReport:
-    """The figures of an opened network; kernel figures default to those that an artifact carries."""
-    record = opened.record
-    if kernel is None and record.get("kernel"):
-        kernel = KernelFigures.model_validate(record["kernel"])
-    if accuracy is None and record.get("accuracy"):
-        accuracy = Accuracy.model_validate(record["accuracy"])
+def report_of(
+    opened: Opened,
+    *,
+    kernel: KernelFigures | None = None,
+    accuracy: Accuracy | None = None,
+    dense_macs: int | None = None,
+) -> ModelReport:
+    """The figures of an opened network; those that are not given are what an artifact states of itself, if it does."""
+    measured: dict[str, Any] = {"kernel": kernel, "accuracy": accuracy, "dense_macs": dense_macs}
+    stated = {name: opened.record[name] for name in measured if measured[name] is None and opened.record.get(name)}
     plan = opened.plan or full_plan(opened.model, opened.architecture.name)
     return ModelReport(
         source=str(opened.path),
@@ -67,14 +59,14 @@ def report_of(opened: Opened, *, kernel: KernelFigures | None = None, accuracy: 
         architecture=opened.architecture.name,
         family=opened.architecture.family,
         input_size=opened.preprocessing.input_size,
+        outputs=opened.outputs,
         parameters=count_parameters(opened.model),
         macs=count_macs(opened.model, opened.preprocessing.input_size),
-        dense_macs=record.get("dense_macs"),
         file_bytes=file_bytes(opened.path),
         blocks=block_widths(plan),
-        kernel=kernel,
-        accuracy=accuracy,
         notes=opened.notes,
+        stated=tuple(stated),
+        **(measured | stated),
     )
 
 
@@ -83,13 +75,13 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def report_path(path: Path, *, latency: bool = False) -> ModelReport:
-    """The report of any checkpoint, artifact, run folder or ONNX file."""
+def report_path(path: Path, network: Mapping[str, Any], *, latency: bool = False) -> ModelReport:
+    """The report of any checkpoint, artifact, run folder or ONNX file; `network` says how a checkpoint is read."""
     if path.suffix == ".onnx":
         graph = open_onnx(path)
         report, call = report_of_graph(graph), graph
     else:
-        opened = open_model(path)
+        opened = open_model(path, **network)
         report, call = report_of(opened), opened.model
     if latency:
         with torch.inference_mode():
@@ -101,6 +93,7 @@ def report_path(path: Path, *, latency: bool = False) -> ModelReport:
 def report_of_graph(graph: OnnxModel) -> ModelReport:
     """The figures of an ONNX file: what it says of itself, else what its operators tell."""
     record = graph.record
+    stated = [name for name in ("parameters", "macs", "dense_macs") if getattr(record, name) is not None]
     return ModelReport(
         source=str(graph.path),
         layout="ONNX",
@@ -108,9 +101,11 @@ def report_of_graph(graph: OnnxModel) -> ModelReport:
         architecture=record.architecture,
         family=record.family,
         input_size=graph.input_size,
+        outputs=graph.outputs,
         parameters=graph.parameters,
         macs=graph.macs,
         dense_macs=record.dense_macs,
         file_bytes=graph.file_bytes,
         blocks=record.blocks or (),
+        stated=(*stated, "blocks") if record.blocks else tuple(stated),
     )

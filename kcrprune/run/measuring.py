@@ -9,7 +9,7 @@ from torch import Tensor
 from kcrprune.measure.report import Accuracy, KernelFigures
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.run.context import Context
-from kcrprune.run.describe import accuracy_of, class_count, kernel_figures
+from kcrprune.run.describe import accuracy_of, kernel_figures
 from kcrprune.run.opening import Network, Pool
 from kcrprune.run.store import Result
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
@@ -51,10 +51,11 @@ def measure_dense(context: Context, network: Network, pool: Pool) -> Reference:
 def accuracy_on(
     context: Context, network: Network, pool: Pool, model: Predict, reference: Predict | None = None
 ) -> Accuracy | None:
-    """How a network does on the evaluation images; None where there are none, or no classes."""
-    if pool.parts.evaluation is None or class_count(network.dense) == 0:
+    """How a network does on the evaluation images; None where there are none."""
+    if pool.parts.evaluation is None:
         return None
-    return accuracy_of(evaluate(model, pool.parts.evaluation, reference=reference, listener=context.listener))
+    outputs, listener = network.opened.outputs, context.listener
+    return accuracy_of(evaluate(model, pool.parts.evaluation, outputs=outputs, reference=reference, listener=listener))
 
 
 @torch.no_grad()

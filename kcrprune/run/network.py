@@ -6,7 +6,7 @@ from torch import nn
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.checkpoints.dense import Opened
-from kcrprune.config import RunConfig
+from kcrprune.config import RunConfig, network_of
 from kcrprune.errors import ConfigError
 from kcrprune.families import contract_of
 from kcrprune.method.budget import Allowed
@@ -16,8 +16,7 @@ from kcrprune.surgery.gated import is_open, matches
 
 def open_for_run(checkpoint: Path, config: RunConfig) -> Opened:
     """The dense network that a configuration speaks of."""
-    overrides = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
-    return open_model(checkpoint, **{name: getattr(config, name) for name in overrides})
+    return open_model(checkpoint, **network_of(config))
 
 
 def allowed_of(model: nn.Module, macs: int, input_size: tuple[int, int, int], config: RunConfig) -> Allowed[MacCost]:

@@ -11,9 +11,11 @@ from typing import Final
 from timm.data.readers.img_extensions import is_img_extension
 from torch import Tensor, nn
 
+from kcrprune.artifact.artifact import open_model
 from kcrprune.checkpoints.dense import Opened
+from kcrprune.checkpoints.loading import build_quietly
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, ConfigError
+from kcrprune.errors import BudgetError, ConfigError
 from kcrprune.families import Group, contract_of
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.method.budget import Allowed, require_reachable
@@ -21,9 +23,9 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan, canonical_json
 from kcrprune.run.context import Context
-from kcrprune.run.describe import class_count, file_bytes
+from kcrprune.run.describe import file_bytes
 from kcrprune.run.network import open_for_run, opened_groups
-from kcrprune.surgery.narrow import cut_
+from kcrprune.surgery.narrow import cut_, expand_
 from kcrprune.training.images.sets import Images, open_images
 from kcrprune.training.losses import make_objective
 from kcrprune.training.parts import Parts, divide, told_of_few
@@ -38,8 +40,24 @@ class Network:
     """The dense network of a run, in eval mode on its device, and what is rebuilt from it."""
 
     opened: Opened
-    dense: nn.Module
+    dense: nn.Module  # of a network that is cut on: in dense shape again, what was cut is zero
     cost: MacCost
+    teacher: Opened | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the files that it comes from."""
+        return f"{self.opened.digest} {self.teacher.digest}" if self.teacher else self.opened.digest
+
+    @property
+    def followed(self) -> nn.Module:
+        """The network that the losses stay close to."""
+        return self.teacher.model if self.teacher else self.dense
+
+    @property
+    def kept(self) -> float:
+        """Share of the dense MACs that it has before this run."""
+        return self.cost.predicted(self.opened.plan) / self.cost.dense if self.opened.plan else 1.0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -70,15 +88,37 @@ class Pool:
 
 
 def open_network(context: Context) -> Network:
-    """The network in the checkpoint; CheckpointError for one that is pruned already."""
+    """The network in the checkpoint, and its teacher; one that is cut already stands in dense shape again."""
     opened = open_for_run(context.checkpoint, context.settings)
-    if opened.plan is not None:
-        raise CheckpointError(
-            f"{context.checkpoint} is pruned already; compress the dense checkpoint that it came from"
-        )
-    dense = opened.model.to(context.device).eval()
+    dense = opened.model if opened.plan is None else build_quietly(opened.architecture)
+    dense = dense.to(context.device).eval()
     size = opened.preprocessing.input_size
-    return Network(opened, dense, MacCost.of(dense, contract_of(dense, size), count_macs(dense, size)))
+    cost = MacCost.of(dense, contract_of(dense, size), count_macs(dense, size))
+    if opened.plan is not None:
+        expand_(dense, opened.model.to(context.device), opened.plan)
+    return Network(opened, dense, cost, _teacher(context, opened))
+
+
+def _teacher(context: Context, opened: Opened) -> Opened | None:
+    """The network that the losses stay close to, where it is another; ConfigError where the two cannot be compared."""
+    path = context.settings.teacher
+    if path is None:
+        return None
+    teacher = open_model(Path(path))
+    own, other = (
+        {
+            "outputs": f"{each.class_count or each.feature_count} {each.outputs}",
+            "input size": each.preprocessing.input_size,
+            "mean": each.preprocessing.mean,
+            "std": each.preprocessing.std,
+        }
+        for each in (opened, teacher)
+    )
+    for name, value in own.items():
+        if other[name] != value:
+            raise ConfigError(f"the teacher {path} has the {name} {other[name]}, and the network {value}; name another")
+    teacher.model.to(context.device)
+    return teacher
 
 
 def allowed(context: Context, network: Network) -> Allowed[MacCost]:
@@ -87,15 +127,21 @@ def allowed(context: Context, network: Network) -> Allowed[MacCost]:
 
 
 def require_target(context: Context, network: Network) -> None:
-    """BudgetError for a target that the open axes cannot reach."""
-    require_reachable(allowed(context, network), context.settings.target_flops)
+    """BudgetError for a target that the open axes cannot reach, or that is reached already."""
+    target = context.settings.target_flops
+    if target >= network.kept < 1:
+        raise BudgetError(
+            f"{context.checkpoint} keeps {network.kept:.3f} of the dense MACs already, and target {target:g} is a "
+            "share of the same; give a smaller one"
+        )
+    require_reachable(allowed(context, network), target)
 
 
 def open_pool(context: Context, network: Network) -> Pool:
     """The images, opened and divided; DataError where they do not fit."""
     settings = context.settings
     opened = network.opened
-    images = open_images(settings, opened.preprocessing, class_count(network.dense), opened.class_names)
+    images = open_images(settings, opened.preprocessing, opened.class_count, opened.class_names)
     return Pool(images, divide(images, settings), fingerprint(settings))
 
 
@@ -103,19 +149,28 @@ def require_task(context: Context, network: Network, pool: Pool) -> None:
     """ConfigError for a task that network and images do not allow; says what the run starts from."""
     config, opened, images = context.settings, network.opened, pool.images
     context.say(f"{opened.architecture.name} ({opened.layout}), {network.cost.dense:,} MACs, {images.description}")
-    for note in images.notes:
+    for note in (*_told(network, config), *images.notes):
         context.say(note)
     for name, reason in config.without_effect().items():
         context.say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
     if images.generated:
         context.say("no data was given: images are generated, and the task is to agree with the dense network", True)
-    if file_bytes(opened.path) < 3 * count_parameters(network.dense):
-        context.say("the checkpoint stores half precision and the run float32: compare parameters, not file sizes")
     if opened.new_head:
         _require_training(config, images)
     objective_of(context, network, pool)
     for sentence in told_of_few(pool.parts, config):
         context.say(sentence)
+
+
+def _told(network: Network, config: RunConfig) -> Iterator[str]:
+    """What a user should know of the network and its teacher, a sentence each."""
+    opened, teacher = network.opened, network.teacher
+    if opened.plan is not None:
+        yield f"cut on from {network.kept:.3f} of the dense MACs; 'dense network' means the one before this run"
+    if teacher is not None:
+        yield f"the losses stay close to {teacher.architecture.name} in {teacher.path}"
+    if config.dtype == "float32" and file_bytes(opened.path) < 3 * count_parameters(opened.model):
+        yield "the checkpoint stores half precision and the run float32; --dtype float16 or bfloat16 keeps its size"
 
 
 def _require_training(config: RunConfig, images: Images) -> None:
@@ -133,7 +188,8 @@ def as_used(config: RunConfig, network: Network) -> RunConfig:
 
 def objective_of(context: Context, network: Network, pool: Pool) -> Objective:
     """What search and recovery minimise."""
-    return make_objective(as_used(context.settings, network), network.dense, labelled=pool.images.labelled)
+    config = as_used(context.settings, network)
+    return make_objective(config, network.followed, labelled=pool.images.labelled, outputs=network.opened.outputs)
 
 
 def fingerprint(config: RunConfig) -> str:

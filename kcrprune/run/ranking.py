@@ -87,7 +87,9 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
     plain = plain_pass(context, network, scoring)
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
-            innovations = innovations_of(model, opened, scoring, generator(settings.seed, "order", 0, "labels"))
+            innovations = innovations_of(
+                model, opened, scoring, generator(settings.seed, "order", 0, "labels"), network.opened.outputs
+            )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
     with context.part("score", plain_pass=plain):
         scores = _scores(context, network, model, gates, scoring)
@@ -109,7 +111,8 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
         return random_scores(gates, network.cost, generator(settings.seed, "score", 0, "scores"))
     if settings.ranked_by == "equal":
         return equal_scores(gates, network.cost)
-    return fisher_scores(model, gates, scoring, generator(settings.seed, "score", 0, "labels"))
+    drawn = generator(settings.seed, "score", 0, "labels")
+    return fisher_scores(model, gates, scoring, drawn, network.opened.outputs)
 
 
 def tighten(

@@ -8,7 +8,7 @@ from typing import Any
 import tomli_w
 from torch import nn
 
-from kcrprune.artifact.artifact import MODEL_FILE, open_model, save_model
+from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
 from kcrprune.atomic import write_atomically
 from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
@@ -38,7 +38,7 @@ def measure_pruned(
     context: Context, network: Network, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
 ) -> Measured:
     """The same figures as of the dense network, and how often the two agree."""
-    model = _final(network, cut, recovery)
+    model = rounded_(_final(network, cut, recovery), DTYPES[context.settings.dtype])
     with context.part("measure pruned"):
         covariance = feature_covariance(model, pool.parts.calibration)
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
@@ -69,14 +69,19 @@ def save(
         after = open_model(folder / MODEL_FILE)
     told = context.told()
     comparison = Comparison(
-        before=report_of(network.opened, kernel=reference.kernel, accuracy=reference.accuracy),
-        after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy),
+        before=report_of(
+            network.opened,
+            kernel=reference.kernel,
+            accuracy=reference.accuracy,
+            dense_macs=network.cost.dense if network.opened.plan else None,
+        ),
+        after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy, dense_macs=network.cost.dense),
         cut=recovery.cut if recovery else None,
         stages=tuple(told.times),
         settings=config.model_dump(mode="json", exclude_defaults=True),
         notes=tuple(told.notes),
     )
-    places = (config.data, config.class_map, network.opened.path, folder)
+    places = (config.data, config.class_map, config.teacher, network.opened.path, folder)
     comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), places))
     write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
@@ -95,13 +100,15 @@ def _write_model(
     save_model(
         fresh,
         _final(network, cut, recovery).cpu(),
+        dtype=DTYPES[context.settings.dtype],
         architecture=opened.architecture,
         plan=cut.plan,
         preprocessing=opened.preprocessing,
+        outputs=opened.outputs,
         class_names=opened.class_names or pool.images.class_names,
         record={
-            "config": without_places(config.model_dump(mode="json"), (config.data, config.class_map)),
-            "dense_digest": opened.digest,
+            "config": without_places(config.model_dump(mode="json"), (config.data, config.class_map, config.teacher)),
+            "dense_digest": opened.record.get("dense_digest", opened.digest),
             "dense_macs": network.cost.dense,
             "kernel": found.kernel.model_dump(mode="json"),
             "accuracy": found.accuracy and found.accuracy.model_dump(mode="json"),

@@ -5,12 +5,12 @@ The first stages, which refuse, the choice and the last one, which writes, are m
 
 from typing import Final
 
+from kcrprune.config import NETWORK
 from kcrprune.run import cutting, measuring, opening, ranking, saving
 from kcrprune.run.context import ALL
 from kcrprune.run.stage import Stage
 from kcrprune.run.store import Codec
 
-NETWORK: Final = ("arch", "num_heads", "num_classes", "img_size", "mean", "std", "interpolation", "crop_pct")
 IMAGES: Final = (
     *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip"),
     *("calibration_images", "score_images", "search_split", "batch_size"),
@@ -23,10 +23,10 @@ TRAINING: Final = ("epochs", "weight_decay", "clip_grad", "kernel_rank", "kernel
 
 OPEN: Final = Stage(
     name="open",
-    reads=(*NETWORK, "seed"),
+    reads=(*NETWORK, "teacher", "seed"),
     after=(),
     make=opening.open_network,
-    fingerprint=lambda network: network.opened.digest,
+    fingerprint=lambda network: network.digest,
 )
 TARGET: Final = Stage(
     name="target",
@@ -117,7 +117,7 @@ RECOVER: Final = Stage(
 )
 MEASURE: Final = Stage(
     name="measure",
-    reads=("kernel_rank",),
+    reads=("kernel_rank", "dtype"),
     after=("open", "images", "dense", "choose", "recover"),
     make=saving.measure_pruned,
     kept=Codec(saving.Measured),

@@ -1,9 +1,9 @@
-"""How well a network does on images: against their labels, and against another network."""
+"""How well a network does on images: against their labels, and against another network of classes or of features."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from kcrprune.errors import DataError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
 from kcrprune.method.objective import UNLABELLED
+from kcrprune.plan import Outputs
+from kcrprune.training.embeddings import NearnessTotals
 
 STAGE = "evaluate"
 
@@ -29,6 +31,9 @@ class Evaluation:
     top5: float | None = None  # likewise; None where there are no more than five classes
     loss: float | None = None  # mean cross-entropy with the labels, in nats
     agreement: float | None = None  # how often the reference names the same class
+    distance: float | None = None  # of the features from the reference's: mean of |y - y0|^2 / |y0|^2
+    cosine: float | None = None  # of the two features of an image, the mean
+    retrieval: float | None = None  # how often an image's nearest neighbour among the others is the reference's
 
 
 class Remembered:
@@ -54,24 +59,29 @@ class Remembered:
 
 @torch.no_grad()
 def evaluate(
-    predict: Predict, loader: DataLoader, *, reference: Predict | None = None, listener: Listener = ignore
+    predict: Predict,
+    loader: DataLoader,
+    *,
+    outputs: Outputs = "classes",
+    reference: Predict | None = None,
+    listener: Listener = ignore,
 ) -> Evaluation:
-    """Runs `predict` over all images; a label below 0 means that an image has none.
+    """Runs `predict` over all images; a label below 0 means that an image has none, and of features none is looked at.
 
     A torch module is put into eval mode for the time of the call, and gets the images on its own device. DataError for
     an empty data set, and for a label that the network has no class for.
     """
     start = time.perf_counter()
     listener(StageStarted(STAGE, _length(loader)))
-    totals = _Totals()
+    totals = _Totals() if outputs == "classes" else _FeatureTotals()
     with evaluating(predict), evaluating(reference):
         for step, (images, labels) in enumerate(loader, start=1):
-            logits = _logits(predict, images)
-            totals.add_labels_(logits, labels)
-            if reference is not None:
-                totals.agreeing += _same(logits, _logits(reference, images))
+            output = _logits(predict, images)
+            totals.add_(output, labels, None if reference is None else _logits(reference, images))
             listener(StepDone(STAGE, step))
     listener(StageEnded(STAGE, time.perf_counter() - start))
+    if totals.images == 0:
+        raise DataError("there is no image to evaluate on; name a folder that holds some")
     return totals.result(compared=reference is not None)
 
 
@@ -87,7 +97,7 @@ class _Totals:
     agreeing: Tensor | int = 0
     loss: Tensor | float = 0.0
 
-    def add_labels_(self, logits: Tensor, labels: Tensor) -> None:
+    def add_(self, logits: Tensor, labels: Tensor, others: Tensor | None) -> None:
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
@@ -101,10 +111,10 @@ class _Totals:
         self.first += ranked[:, 0].sum()
         self.among_five += ranked.sum()
         self.loss += F.cross_entropy(logits, known, ignore_index=UNLABELLED, reduction="sum").double()
+        if others is not None:
+            self.agreeing += _same(logits, others)
 
     def result(self, *, compared: bool) -> Evaluation:
-        if self.images == 0:
-            raise DataError("there is no image to evaluate on; name a folder that holds some")
         agreement = int(self.agreeing) / self.images if compared else None
         if self.labelled == 0:
             return Evaluation(self.images, agreement=agreement)
@@ -117,8 +127,24 @@ class _Totals:
         )
 
 
+@dataclass
+class _FeatureTotals:
+    """Of a network of features, where images are only counted unless there is a reference."""
+
+    images: int = 0
+    nearness: NearnessTotals = field(default_factory=NearnessTotals)
+
+    def add_(self, features: Tensor, labels: Tensor, others: Tensor | None) -> None:
+        self.images += len(labels)
+        if others is not None:
+            self.nearness.add_(features, others)
+
+    def result(self, *, compared: bool) -> Evaluation:
+        return Evaluation(self.images, **vars(self.nearness.result()) if compared else {})
+
+
 def _logits(predict: Predict, images: Tensor) -> Tensor:
-    """(batch, classes) in float32, where the network is."""
+    """(batch, classes), or features (batch, ...), in float32, where the network is."""
     network: object = predict
     if isinstance(network, nn.Module):
         images = images.to(next(network.parameters(), images).device, non_blocking=True)

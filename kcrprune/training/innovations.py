@@ -15,7 +15,7 @@ from kcrprune.families.observed import watching
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.innovations import Innovations, elimination_order
 from kcrprune.method.sums import Sums, gram
-from kcrprune.plan import PER_HEAD
+from kcrprune.plan import PER_HEAD, Outputs
 from kcrprune.surgery.partial import RealTokens, real_tokens
 from kcrprune.surgery.swap import linear_at
 from kcrprune.training.scores import sampled_loss
@@ -88,12 +88,17 @@ def refitted_readers(open_: Sequence[Group]) -> dict[str, Group]:
 
 
 def innovations_of(
-    model: nn.Module, open_: Sequence[Group], batches: Sequence[Tensor], generator: torch.Generator
+    model: nn.Module,
+    open_: Sequence[Group],
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    outputs: Outputs | None = None,
 ) -> dict[str, Innovations]:
     """Those of each reader behind an open group, by its name.
 
-    One forward and backward pass over `batches` of images, towards labels drawn from the network's own output. Memory:
-    16 bytes for each pair of inputs of a linear, of all linears together.
+    One forward and backward pass over `batches` of images, towards labels (of features: directions) drawn from the
+    network's own output; `outputs` None: as its last layer says. Memory: 16 bytes for each pair of inputs of a linear,
+    of all linears together.
     """
     wanted = refitted_readers(open_)
     if not wanted:
@@ -102,7 +107,7 @@ def innovations_of(
     moments = {
         name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()
     }
-    _gather_(model, moments, batches, generator)
+    _gather_(model, moments, batches, generator, outputs)
     found = {}
     for name, group in wanted.items():
         linear, sums = linear_at(model, name), moments.pop(name)
@@ -115,14 +120,18 @@ def innovations_of(
 
 
 def _gather_(
-    model: nn.Module, moments: Mapping[str, LinearMoments], batches: Iterable[Tensor], generator: torch.Generator
+    model: nn.Module,
+    moments: Mapping[str, LinearMoments],
+    batches: Iterable[Tensor],
+    generator: torch.Generator,
+    outputs: Outputs | None,
 ) -> None:
     device = next(model.parameters()).device
     with watching(model, {name: sums.see_inputs for name, sums in moments.items()}):
         for batch in batches:
-            loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator)
-            outputs = [sums.output for sums in moments.values() if sums.output is not None]
-            for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, outputs), strict=True):
+            loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator, outputs)
+            seen = [sums.output for sums in moments.values() if sums.output is not None]
+            for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, seen), strict=True):
                 sums.see_gradient(gradient)
                 sums.output = None
 

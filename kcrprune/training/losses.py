@@ -9,14 +9,18 @@ from torch.utils.data import DataLoader
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.method.objective import Objective
+from kcrprune.plan import Outputs
 from kcrprune.training.evaluate import Remembered, evaluating
 
 
-def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Objective:
-    """The losses that a run asks for; ConfigError where it wants labels and there are none."""
-    labelled = labelled and config.labels
+def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool, outputs: Outputs | None = None) -> Objective:
+    """The losses that a run asks for; ConfigError where it wants labels and there are none, or none that count.
+
+    `outputs` None: as the last layer of a network says.
+    """
+    labelled = labelled and config.labels and outputs != "features"
     if config.task == "labels" and not labelled:
-        raise ConfigError("task 'labels' needs labelled images and a network with a head; use task 'distill'")
+        raise ConfigError("task 'labels' needs labelled images and a network of classes; use task 'distill'")
     return Objective(
         dense=dense,
         use_labels=labelled and config.task != "distill",
@@ -25,6 +29,7 @@ def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool) -> Ob
         relative=config.kernel_norm == "relative",
         smoothing=config.smoothing,
         temperature=config.distill_temperature,
+        outputs=outputs,
     )
 
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kcrprune.families import Group, Slot, classifiers
+from kcrprune.families import Group, Slot, outputs_of
 from kcrprune.method.budget import Scores
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
 from kcrprune.method.sums import Sums
+from kcrprune.plan import Outputs
 
 
 @dataclass
@@ -25,18 +26,25 @@ class SquaredGradients(Sums):
     images: int = 0
 
 
-def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], generator: torch.Generator) -> Scores:
+def fisher_scores(
+    model: nn.Module,
+    gates: Gates,
+    batches: Iterable[Tensor],
+    generator: torch.Generator,
+    outputs: Outputs | None = None,
+) -> Scores:
     """Half the mean over images of (d log p(y) / d g)^2 at g = 1, y drawn from the network's own output.
 
     The second-order estimate, in nats an image, of what closing a gate costs, with the true Fisher information in
     place of the Hessian. Comparable across axes and blocks; needs no labels (the gradient of a loss towards the
-    network itself would be zero). A backbone without a head is scored on its features under unit Gaussian noise.
+    network itself would be zero). A network of features is scored on them under unit Gaussian noise. `outputs` None: as
+    its last layer says.
     """
     device = next(model.parameters()).device
     squares = SquaredGradients(torch.zeros_like(gates.logits, dtype=torch.float64))
     for batch in batches:
         gates.open_per_image_(len(batch))
-        loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator)
+        loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator, outputs)
         [gradient] = torch.autograd.grad(loss, [gates.value])  # (B, n)
         squares.total += gradient.square().sum(0)
         squares.images += len(batch)
@@ -45,13 +53,16 @@ def fisher_scores(model: nn.Module, gates: Gates, batches: Iterable[Tensor], gen
     return _scores(gates, squares.total / (2 * max(1, squares.images)))
 
 
-def sampled_loss(model: nn.Module, output: Tensor, generator: torch.Generator) -> Tensor:
+def sampled_loss(
+    model: nn.Module, output: Tensor, generator: torch.Generator, outputs: Outputs | None = None
+) -> Tensor:
     """Cross-entropy, summed over a batch, of `output` (batch, classes) with labels drawn from that very output.
 
-    The squares of its gradients are the true Fisher information. Of a backbone without a head: the features' product
-    with unit Gaussian noise, whose squared gradients are those of the squared error.
+    The squares of its gradients are the true Fisher information. Of features (batch, ...): their product with a
+    direction of unit Gaussian noise, whose squared gradients are those of the squared error. `outputs` None: as the
+    model's last layer says.
     """
-    if not classifiers(model):
+    if (outputs or outputs_of(model)) == "features":
         noise = torch.randn(output.shape, generator=generator).to(output, non_blocking=True)
         return (output * noise).sum()
     drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)

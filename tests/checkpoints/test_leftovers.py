@@ -45,7 +45,7 @@ def test_a_tensor_without_a_place_is_named(tmp_path, vit, extra, dtype):
     weights = {name: value.to(dtype) for name, value in (vit | {extra: ONE}).items()}
     with pytest.raises(CheckpointError, match="no place for") as caught:
         opened(tmp_path, {"model": weights}, num_heads=2)
-    assert (extra if extra.isprintable() else repr(extra)) in str(caught.value)
+    assert repr(extra)[1:-1] in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
 

@@ -10,6 +10,7 @@ import kcrprune
 from kcrprune.graphs import ExportResult
 from kcrprune.measure.report import Comparison, Inspection, ModelReport, StageTime
 from kcrprune.pipeline.compress import RunResult
+from kcrprune.pipeline.verbs import Ported
 from kcrprune.plan import Preprocessing
 from kcrprune.training.evaluate import Evaluation
 
@@ -46,6 +47,8 @@ INSPECTION = Inspection(
 class FakePipeline(ModuleType):
     """Every verb returns a fixed result and keeps its arguments in `asked`; `fails_with` makes it raise."""
 
+    Ported = Ported
+
     def __init__(self):
         super().__init__("kcrprune.pipeline")
         self.asked = {}
@@ -60,11 +63,14 @@ class FakePipeline(ModuleType):
     def compress(self, checkpoint, config, out, listener, *, fresh=False):
         return self._answer(RunResult(Path("run"), COMPARISON), checkpoint=checkpoint, config=config, out=out)
 
-    def report(self, paths, *, latency=False, listener):
-        return self._answer((DENSE, PRUNED)[: len(paths)], paths=paths, latency=latency)
+    def report(self, paths, *, latency=False, listener, config=None):
+        return self._answer((DENSE, PRUNED)[: len(paths)], paths=paths, latency=latency, config=config)
 
-    def export(self, model, onnx, listener):
-        return self._answer(EXPORTED, model=model, onnx=onnx)
+    def export(self, model, onnx, listener, *, config=None, opset=20):
+        return self._answer(EXPORTED, model=model, onnx=onnx, config=config, opset=opset)
+
+    def port(self, model, out, form, config, listener):
+        return self._answer(Ported(Path("m.pt2"), form, 90_000), model=model, out=out, form=form, config=config)
 
     def evaluate(self, model, config, listener):
         return self._answer(Evaluation(1000, 0.8465, 0.99, 0.5, None), model=model, config=config)

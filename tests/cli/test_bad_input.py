@@ -153,8 +153,8 @@ def test_an_evaluation_without_images(refused, dense):
     assert "--data" in refused("evaluate", dense, code=2)
 
 
-def test_a_pruned_network_is_not_compressed_again(refused, dense, here, capsys):
+def test_a_target_that_a_run_has_reached_is_refused(refused, dense, here, capsys):
     assert run(["compress", str(dense), "--out", "run", *QUICK, "-q"]) == 0
     capsys.readouterr()
     shutil.rmtree(here / "kcrprune-runs", ignore_errors=True)
-    assert "dense checkpoint" in refused("compress", "run", *QUICK, code=3)
+    assert "keeps 0.6" in refused("compress", "run", *QUICK, code=6)

@@ -59,6 +59,23 @@ def test_an_image_size_is_one_side_or_two(pipeline, words, size):
     assert pipeline.asked["config"].img_size == size
 
 
+@pytest.mark.parametrize(("written", "share"), [("70%", 0.7), ("12.5 %", 0.125), ("0.35", 0.35)])
+def test_a_share_may_be_a_percentage(pipeline, written: str, share: float):
+    assert run(["compress", "vit.pth", "--target-flops", written, "--min-width", written]) == 0
+    assert (pipeline.asked["config"].target_flops, pipeline.asked["config"].min_width) == (share, share)
+
+
+@pytest.mark.parametrize(("name", "written"), [("--target-flops", "4.2G"), ("--kernel-rank", "half")])
+def test_what_is_no_share_is_answered_with_the_form(pipeline, capsys, name: str, written: str):
+    assert run(["compress", "vit.pth", name, written]) == 2
+    assert f"= '{written}' cannot work: it is written as a share, such as 0.7 or 70%; " in capsys.readouterr().err
+
+
+def test_a_percentage_above_all_is_refused(pipeline, capsys):
+    assert run(["compress", "vit.pth", "--target-flops", "170%"]) == 2
+    assert "target_flops = '170%' cannot work" in capsys.readouterr().err
+
+
 def test_flags_win_over_the_file(pipeline, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('recipe = "no-train"\nseed = 1\nbatch_size = 8\n')
@@ -80,14 +97,14 @@ def test_flags_win_over_the_file(pipeline, tmp_path):
 )
 def test_onnx_may_stand_without_a_file(pipeline, words, model, onnx):
     assert run(words.split()) == 0
-    assert pipeline.asked == {"model": model, "onnx": onnx}
+    assert pipeline.asked == {"model": model, "onnx": onnx, "config": RunConfig(), "opset": 20}
 
 
 def test_report_takes_one_model_or_two(pipeline):
     assert run(["report", "a"]) == 0
-    assert pipeline.asked == {"paths": [Path("a")], "latency": False}
+    assert pipeline.asked == {"paths": [Path("a")], "latency": False, "config": RunConfig()}
     assert run(["report", "a", "b", "--latency"]) == 0
-    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True}
+    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True, "config": RunConfig()}
 
 
 def test_evaluate_and_inspect_take_the_settings_that_concern_them(pipeline):

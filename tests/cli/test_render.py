@@ -2,6 +2,7 @@ import io
 import json
 import time
 from itertools import count
+from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
@@ -66,6 +67,15 @@ def test_compress_shows_the_stages_and_the_folder(pipeline, capsys):
     assert "search" in shown
     assert "12.5 s" in shown
     assert shown.endswith("The run is in run\n")
+
+
+def test_a_port_says_how_it_is_opened(pipeline, capsys):
+    assert run(["export", "a", "--format", "pt2", "--out", "m.pt2", "--num-heads", "3"]) == 0
+    assert (pipeline.asked["form"], pipeline.asked["out"]) == ("pt2", Path("m.pt2"))
+    assert pipeline.asked["config"].num_heads == 3
+    assert capsys.readouterr().out == "m.pt2: 90.00 kB, for torch.export.load(path).module()\n"
+    assert run(["export", "a", "--format", "timm", "--onnx", "m.onnx"]) == 2
+    assert "--onnx names an ONNX file" in capsys.readouterr().err
 
 
 def test_inspect_shows_how_it_knows_and_what_the_pickle_named(pipeline, capsys):

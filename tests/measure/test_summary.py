@@ -44,6 +44,28 @@ def test_what_nobody_measured_has_no_row():
     assert "change" not in text
 
 
+def test_features_have_figures_of_their_own():
+    near = Accuracy(images=100, distance=0.01234, cosine=0.99376, retrieval=0.87)
+    cut = COMPARISON.model_copy(
+        update={"cut": near, "after": report(accuracy=near), "before": report(accuracy=Accuracy(images=100))}
+    )
+    text = to_markdown(cut)
+    assert cells(text, "relative squared distance to its features") == ["-", "0.01234", ""]
+    assert cells(text, "cosine with its features") == ["-", "0.9938", ""]
+    assert cells(text, "retrieval agreement with the dense network") == ["-", "87.00 %", ""]
+    assert cells(text, "cut and refitted") == ["0.01234", "0.9938", "87.00 %"]
+    assert not re.search(r"top-?1|top-?5|loss", text)
+
+
+def test_what_a_file_says_of_itself_is_called_stated():
+    text = to_markdown([report(stated=("accuracy", "dense_macs")), report()])
+    assert cells(text, "top-1") == ["84.65 % (stated)", "84.65 %", "+0.00 points"]
+    assert cells(text, "share of the dense MACs")[0].endswith(" (stated)")
+    assert "stated" not in cells(text, "parameters")[0]
+    assert "- stated: the file's own word, not measured now" in text
+    assert "stated" not in to_markdown(report())
+
+
 def test_networks_stand_side_by_side():
     reports = [report(source=name) for name in ("a.pth", "b.pth", "c.onnx")]
     assert summary(reports).header == ("", "a.pth", "b.pth", "c.onnx")

@@ -4,6 +4,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
@@ -15,10 +16,10 @@ import kcrprune
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.config import RunConfig, load_config
-from kcrprune.errors import BudgetError, CheckpointError, ConfigError, OutputExistsError
+from kcrprune.errors import BudgetError, CheckpointError, ConfigError, DataError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
 from kcrprune.measure.macs import count_macs
-from kcrprune.plan import ChannelPlan, Preprocessing
+from kcrprune.plan import ChannelPlan, Outputs, Preprocessing
 from tests.conftest import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
@@ -36,7 +37,7 @@ SHORT = RunConfig(
 )
 
 
-def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None) -> Path:
+def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None, outputs: Outputs | None = None) -> Path:
     preprocessing = Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3)
     save_model(
         path,
@@ -46,6 +47,7 @@ def save(tiny: Tiny, path: Path, model: torch.nn.Module | None = None) -> Path:
         preprocessing=preprocessing,
         class_names=None,
         record={},
+        outputs=outputs,
     )
     return path
 
@@ -152,9 +154,40 @@ def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_pruned_network_is_not_pruned_again(finished: Path, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="pruned already"):
-        pipeline.compress(finished, SHORT, tmp_path / "again", ignore)
+@pytest.mark.parametrize("tiny", [TINY[0], TINY[10]], ids=["vit", "eva02_scaled"])
+def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, tmp_path: Path):
+    dense = save(tiny, tmp_path / "dense.safetensors")
+    short = SHORT.model_copy(update={"axes": ("mlp_hidden", "attn_value"), "search_steps": 0, "recover_steps": 0})
+    first = pipeline.compress(dense, short.model_copy(update={"round_to": 1}), tmp_path / "first", ignore)
+    on = short.model_copy(update={"target_flops": 0.7, "round_to": 1, "dtype": "float16"})
+    second = pipeline.compress(first.folder, on, tmp_path / "second", ignore)
+    [whole, once, twice] = pipeline.report([dense, first.folder, second.folder], listener=ignore)
+    assert whole.macs is not None
+    assert once.macs is not None
+    assert twice.macs is not None
+    assert whole.macs == once.dense_macs == twice.dense_macs
+    assert 0.66 * whole.macs < twice.macs <= 0.7 * whole.macs < once.macs
+    assert second.comparison.before.macs == once.macs
+    assert any("cut on from 0.7" in note for note in second.comparison.notes)
+    assert twice.file_bytes < 0.7 * once.file_bytes, "stored as halves"
+    with pytest.raises(BudgetError, match=r"of the dense MACs already, and target 0\.85 is a share of the same"):
+        pipeline.compress(first.folder, short.model_copy(update={"target_flops": 0.85}), tmp_path / "third", ignore)
+
+
+def test_another_network_may_be_the_teacher(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
+    """What is nearest to the network itself is far from another one's answers."""
+    other = save(tiny_vit, tmp_path / "teacher.safetensors", tiny_vit.model(seed=1))
+    short = SHORT.model_copy(update={"search_steps": 0, "recover_steps": 0})
+    distances = []
+    for name, teacher in {"own": None, "other": str(other)}.items():
+        config = short.model_copy(update={"teacher": teacher})
+        folder = pipeline.compress(checkpoint, config, tmp_path / name, ignore).folder
+        found = json.loads((folder / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
+        distances.append(found["scores"])
+    assert distances[0] < distances[1]
+    smaller = save(TINY[5], tmp_path / "swin.safetensors")
+    with pytest.raises(ConfigError, match=r"has the input size \(3, 56, 56\), and the network \(3, 32, 32\)"):
+        pipeline.compress(checkpoint, short.model_copy(update={"teacher": str(smaller)}), tmp_path / "x", ignore)
 
 
 def test_export_takes_the_newest_run_and_report_knows_all_three(
@@ -189,7 +222,36 @@ def bare_backbone(path: Path) -> Path:
     return path
 
 
-def test_a_bare_backbone_is_cut_without_an_accuracy(tmp_path: Path):
+def test_a_projection_is_measured_by_its_features_from_the_run_to_the_graph(tiny_vit: Tiny, tmp_path: Path):
+    path = save(tiny_vit, tmp_path / "dense.safetensors", outputs="features")
+    config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "recover_steps": 1})
+    result = pipeline.compress(path, config, tmp_path / "run", ignore)
+    before, after = result.comparison.before.accuracy, result.comparison.after.accuracy
+    assert before is not None
+    assert before.top1 is None
+    assert after is not None
+    assert after.distance is not None
+    assert 0 < after.distance < 1
+    assert after.cosine is not None
+    assert after.retrieval is not None
+    assert (after.top1, after.agreement) == (None, None)
+    steps = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert all("labels" not in step for step in steps)
+    exported = pipeline.export(result.folder, None, ignore)
+    pruned, graph = pipeline.report([result.folder, exported.path], listener=ignore)
+    assert (pruned.outputs, graph.outputs) == ("features", "features")
+    assert set(pruned.stated) == {"kernel", "accuracy", "dense_macs"}
+    assert {"parameters", "macs"} <= set(graph.stated)
+    assert result.comparison.after.stated == ()
+    assert [value.name for value in onnx.load(exported.path).graph.output] == ["features"]
+    for model in (result.folder, exported.path):
+        with pytest.raises(DataError, match="are features, which name no class, so there is no top-1 by labels"):
+            pipeline.evaluate(model, config, ignore)
+    with pytest.raises(ConfigError, match="'labels' needs labelled images and a network of classes"):
+        pipeline.compress(path, config.model_copy(update={"task": "labels"}), tmp_path / "other", ignore)
+
+
+def test_a_bare_backbone_is_cut_without_a_top1(tmp_path: Path):
     config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / "images")), "num_heads": 2})
     comparison = pipeline.compress(
         bare_backbone(tmp_path / "x.safetensors"), config, tmp_path / "run", ignore
@@ -197,7 +259,9 @@ def test_a_bare_backbone_is_cut_without_an_accuracy(tmp_path: Path):
     assert comparison.after.macs is not None
     assert comparison.before.macs is not None
     assert comparison.after.macs <= 0.8 * comparison.before.macs
-    assert comparison.after.accuracy is None
+    assert comparison.after.accuracy is not None
+    assert comparison.after.accuracy.top1 is None
+    assert comparison.after.accuracy.distance is not None
 
 
 def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_path: Path):

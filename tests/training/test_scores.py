@@ -68,6 +68,19 @@ def test_a_backbone_without_a_head_is_scored_on_its_features(tiny_vit: Tiny):
     assert all((score >= 0).all() and score.sum() > 0 for score in scores.values())
 
 
+def test_a_projection_is_scored_on_its_features(tiny_vit: Tiny):
+    """The Fisher information of features is that of a squared error: twice the features, four times the scores."""
+    found = []
+    for size in (1, 2):
+        model = tiny_vit.model()
+        model.load_state_dict(
+            {name: value * (size if "head." in name else 1) for name, value in model.state_dict().items()}
+        )
+        gates, drawn = gated(model), torch.Generator().manual_seed(3)
+        found.append(fisher_scores(model, gates, [tiny_vit.images(4)], drawn, "features"))
+    assert all(torch.allclose(found[1][key], 4 * score, rtol=1e-3) for key, score in found[0].items())
+
+
 @pytest.mark.parametrize("kind", ["magnitude", "random"])
 def test_baseline_scores_have_the_shapes_of_the_fisher_ones(tiny: Tiny, kind: str):
     cost = cost_of(tiny.model(), tiny)

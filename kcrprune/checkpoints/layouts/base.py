@@ -35,6 +35,7 @@ class Layout:
     `dropped` are prefixes of tensors that belong to training and not to the network; `remark` is told to people.
     `doubt` is why the file is refused where no name that timm knows says how its tensors are used, nor `settled_by`:
     the "wrapper" that its authors publish it in, or one of timm's arguments that the file states.
+    `projects` says that a last layer is a projection into an embedding that images share with texts, and no classifier.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Layout:
     remark: str = ""
     doubt: str = ""
     settled_by: str = ""
+    projects: bool = False

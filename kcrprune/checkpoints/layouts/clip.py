@@ -96,7 +96,7 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-OPENAI = Layout("OpenAI CLIP", PATCH, _is_published, _convert, _published, outside=PUBLISHED)
+OPENAI = Layout("OpenAI CLIP", PATCH, _is_published, _convert, _published, outside=PUBLISHED, projects=True)
 OPEN_CLIP = Layout(
     "OpenCLIP",
     PATCH,
@@ -109,4 +109,5 @@ OPEN_CLIP = Layout(
         "and so does OpenCLIP's open_clip_config.json beside the file"
     ),
     settled_by="act_layer",
+    projects=True,
 )

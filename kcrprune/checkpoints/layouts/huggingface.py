@@ -228,6 +228,7 @@ CLIP = Layout(
     _clues(1e-5, "quick_gelu"),
     ("visual_projection.weight",),
     ("embeddings.position_ids",),
+    projects=True,
 )
 SIGLIP = Layout(
     "Hugging Face SigLIP",

@@ -57,6 +57,11 @@ DEIT3 = Layout(
     settled_by="wrapper",
 )
 OPEN_CLIP = Layout(
-    "OpenCLIP around timm", PATCH, _is_open_clip, _open_clip, outside=("head.proj.weight", "head.proj.bias")
+    "OpenCLIP around timm",
+    PATCH,
+    _is_open_clip,
+    _open_clip,
+    outside=("head.proj.weight", "head.proj.bias"),
+    projects=True,
 )
 VIT = Layout("timm ViT", PATCH, _is_vit)
