@@ -5,6 +5,7 @@ KcrPruneError (1)
 |-- CheckpointError (3)         a file that cannot be read, or is not what it claims
 |-- UnsupportedModelError (4)   a network that no family covers, with the reason
 |-- DataError (5)               images or labels that do not fit
+|   |-- ImageError              an image that cannot be read
 |   `-- DivergedError           a training whose figures are no finite numbers any more
 |-- BudgetError (6)             a target that the open axes cannot reach
 |-- PlanMismatchError (7)       a plan made for another network
@@ -41,6 +42,14 @@ class DataError(KcrPruneError):
     """Images or labels that are missing or do not fit the network."""
 
     exit_code = 5
+
+
+class ImageError(DataError):
+    """An image that cannot be read; `name` is that of its file."""
+
+    def __init__(self, sentence: str, name: str = "") -> None:
+        super().__init__(sentence)
+        self.name = name
 
 
 class DivergedError(DataError):

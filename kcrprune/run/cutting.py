@@ -131,6 +131,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             listener=context.listener,
         )
     _remember(context, found)
+    context.say_replaced("recover", pool.parts.training.replaced)
     return Recovery(weights=model.state_dict(), cut=accuracy)
 
 
