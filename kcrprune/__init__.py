@@ -5,29 +5,39 @@
     result = kcrprune.compress("swin_t.pth", target_flops=0.7)
     model = kcrprune.load(result.folder)  # a plain torch.nn.Module
 
-torch and timm load when a verb is called, not before.
+torch and timm load when a verb is called, not before, and nothing else before it is asked for: the command line has
+to be there at once, to be interrupted well.
 """
 
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import Listener, ignore
-from kcrprune.plan import ChannelPlan
 from kcrprune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from kcrprune.config import RunConfig
     from kcrprune.graphs import ExportResult
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import RunResult
+    from kcrprune.plan import ChannelPlan
 
 __all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report"]
 
 AnyPath = str | PathLike[str]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of the public surface."""
+    homes = {"ChannelPlan": "plan", "RunConfig": "config"}
+    if name not in homes:
+        raise AttributeError(f"module 'kcrprune' has no attribute {name!r}")
+    return getattr(import_module(f"kcrprune.{homes[name]}"), name)
 
 
 def compress(
@@ -46,6 +56,7 @@ def compress(
     The same call again goes on with a run that was stopped, and returns one that is finished; `fresh` begins another.
     """
     from kcrprune import pipeline
+    from kcrprune.config import load_config
 
     run = load_config(recipe, None if config is None else Path(config), settings)
     return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener, fresh=fresh)

@@ -3,10 +3,18 @@
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+import psutil
 
 from kcrprune.errors import KcrPruneError, OutputExistsError
+
+LEFTOVER: Final = ".kcrprune-"  # begins the names of temporary files and folders; they end in .part
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False) -> None:
@@ -41,7 +49,7 @@ def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
 
     What was left half done at `path` is replaced.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = _temporary(path)
     try:
         temporary.mkdir()
         fill(temporary)
@@ -63,9 +71,32 @@ def taken(path: Path) -> str:
 
 def _create(path: Path) -> Path:
     """A new empty file beside `path`; unlike `tempfile`, it has the mode that the umask gives."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = _temporary(path)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return temporary
+
+
+def _temporary(path: Path) -> Path:
+    """A free name beside `path` that tells whose it is; what dead processes of this host left for `path` is removed.
+
+    It is short, whatever the name of `path`.
+    """
+    host, name = (crc32(os.fsencode(text)) for text in (socket.gethostname(), path.name))
+    stem = f"{LEFTOVER}{name:08x}-{host:08x}-"
+    for left in path.parent.glob(f"{stem}*.part"):
+        process = left.name.removeprefix(stem).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            remove(left)
+    return path.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(3)}.part")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder is gone, as far as the system lets it go."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _publish(temporary: Path, path: Path, *, replace: bool) -> None:

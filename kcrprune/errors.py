@@ -13,6 +13,13 @@ KcrPruneError (1)
 `-- OutputExistsError (9)       something is already there; nothing is overwritten
 """
 
+import re
+from typing import Final
+
+NO_MEMORY: Final = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to|unable to) allocate|not enough memory|bad[ _]alloc", re.IGNORECASE
+)
+
 
 class KcrPruneError(Exception):
     """One clear sentence for the user; `exit_code` is what the command line returns."""
@@ -78,3 +85,9 @@ class OutputExistsError(KcrPruneError):
     """The requested path is taken; kcrprune overwrites nothing."""
 
     exit_code = 9
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy, torch, onnxruntime or the system says so, of a CPU's memory or a GPU's."""
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return by_class or bool(NO_MEMORY.search(str(error)))

@@ -4,7 +4,7 @@ A folder is a run's own from the moment that nothing cheap can refuse it any mor
 memory; its results appear beside it, whole and one by one, and RECORD comes last: a folder without it is unfinished.
 """
 
-import shutil
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -14,7 +14,7 @@ from typing import Final
 from pydantic import JsonValue, ValidationError
 
 from kcrprune.artifact.artifact import MODEL_FILE
-from kcrprune.atomic import write_atomically
+from kcrprune.atomic import LEFTOVER, remove, write_atomically
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, OutputExistsError
 from kcrprune.measure.report import Comparison
@@ -51,8 +51,8 @@ class Asked(Frozen):
 
     def write(self, folder: Path) -> None:
         """For the next time that the run is asked for."""
-        text = self.model_dump_json(indent=2)
-        write_atomically(folder / STORE / ASKED, lambda file: file.write_text(text), replace=True)
+        text = json.dumps(self.model_dump(mode="json"), indent=2)
+        write_atomically(folder / STORE / ASKED, lambda file: file.write_text(text, "utf-8"), replace=True)
 
     def differences(self, other: "Asked") -> list[str]:
         """Names of what is not the same."""
@@ -162,8 +162,9 @@ def _locked(folder: Path, made: list[Path], *, new: bool) -> Path | None:
             return None
         _remove_empty((store, *made))
         raise OutputExistsError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-    for part in store.glob(".*.part") if mine is not None else ():  # of a stage that was being written
-        shutil.rmtree(part, ignore_errors=True)
+    for place in (store, folder) if mine is not None else ():
+        for left in place.glob(f"{LEFTOVER}*.part"):  # of a process that was killed
+            remove(left)
     return mine
 
 

@@ -86,11 +86,13 @@ class _Totals:
     among_five: Tensor | int = 0
     agreeing: Tensor | int = 0
     loss: Tensor | float = 0.0
+    finite: Tensor | bool = True
 
     def add_labels_(self, logits: Tensor, labels: Tensor) -> None:
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
+        self.finite = logits.isfinite().all() & self.finite
         if len(labels) and int(labels.max()) >= self.classes:
             raise DataError(
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
@@ -105,6 +107,10 @@ class _Totals:
     def result(self, *, compared: bool) -> Evaluation:
         if self.images == 0:
             raise DataError("there is no image to evaluate on; name a folder that holds some")
+        if not self.finite:
+            raise DataError(
+                "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
+            )
         agreement = int(self.agreeing) / self.images if compared else None
         if self.labelled == 0:
             return Evaluation(self.images, agreement=agreement)

@@ -214,7 +214,13 @@ def test_the_newest_model_is_that_of_a_finished_run_in_a_folder_that_shows(here)
 
 
 def test_a_half_written_stage_of_a_stopped_run_is_cleared_away(here):
-    half = stopped(here / "run") / STORE / ".score-0123.abcd.part"
+    run = stopped(here / "run")
+    half, report = run / STORE / ".kcrprune-0-1-2-3.part", run / ".kcrprune-0-1-2-4.part"
     half.mkdir()
-    with take(here / "run"):
+    report.write_text("")
+    (run / ".mine.part").write_text("")
+    with take(run):
         assert not half.exists()
+        assert not report.exists()
+        assert (run / ".mine.part").exists()
+        assert (run / STORE / "dense-0123").is_dir()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kcrprune.errors import DataError
+from kcrprune.training.images import workers as processes
 from kcrprune.training.images.unreadable import Replaced, Replacing
 from kcrprune.training.randomness import generator, seeded
 
@@ -80,7 +81,7 @@ def loader(dataset: Dataset, workers: int, **order: Any) -> DataLoader:
 
 
 class _Loader(DataLoader):
-    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
+    """A loader whose processes' DataErrors arrive without their traceback, and whose ends are told in a sentence."""
 
     def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
         try:
@@ -88,3 +89,5 @@ class _Loader(DataLoader):
         except DataError as error:
             last_line = str(error).strip().splitlines()[-1]
             raise DataError(last_line.removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")) from None
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise processes.told(error, self.num_workers) or error from None
