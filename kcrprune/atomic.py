@@ -17,17 +17,19 @@ from kcrprune.errors import KcrPruneError, OutputExistsError
 LEFTOVER: Final = ".kcrprune-"  # begins the names of temporary files and folders; they end in .part
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False, needed: int = 0) -> None:
     """Has `write` fill a temporary file in the folder of `path`, then gives it that name in one step.
 
     A failed or interrupted write leaves nothing at `path`. Missing folders are made and the umask decides the mode.
-    OutputExistsError where `path` is taken, unless `replace` says that the old file is to be superseded.
+    OutputExistsError where `path` is taken, unless `replace` says that the old file is to be superseded. KcrPruneError
+    where the disk has no room for the `needed` bytes, before anything is written.
     """
     path = Path(path)
     if not replace and (path.exists() or path.is_symlink()):
         raise OutputExistsError(taken(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_room(path, needed)
         temporary = _create(path)
     except OSError as error:
         raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
@@ -44,11 +46,12 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
         temporary.unlink(missing_ok=True)
 
 
-def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
+def make_folder_atomically(path: Path, fill: Callable[[Path], object], *, needed: int = 0) -> None:
     """Has `fill` put files into a temporary folder beside `path`, then gives it that name in one step.
 
-    What was left half done at `path` is replaced.
+    What was left half done at `path` is replaced. KcrPruneError where the disk has no room for the `needed` bytes.
     """
+    require_room(path, needed)
     temporary = _temporary(path)
     try:
         temporary.mkdir()
@@ -62,6 +65,16 @@ def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
         raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """KcrPruneError where fewer than `needed` bytes are free on the disk of `path`, whose folder is there."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise KcrPruneError(
+            f"cannot write {path}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; make "
+            "room, or choose a place on another disk"
+        )
 
 
 def taken(path: Path) -> str:

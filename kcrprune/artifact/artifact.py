@@ -75,7 +75,7 @@ def save_model(
         except SafetensorError as error:
             raise KcrPruneError(f"cannot write {path}: {error}") from error
 
-    write_atomically(path, write)
+    write_atomically(path, write, needed=sum(value.nbytes for value in tensors.values()))
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

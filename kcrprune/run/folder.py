@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.atomic import LEFTOVER, remove, write_atomically
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
 from kcrprune.measure.report import Comparison
 from kcrprune.plan import Frozen
 from kcrprune.run import lock
@@ -45,8 +45,8 @@ class Asked(Frozen):
     def read(cls, folder: Path) -> "Asked | None":
         """What the run in a folder was asked; None for any other folder."""
         try:
-            return cls.model_validate_json((folder / STORE / ASKED).read_bytes())
-        except (OSError, ValidationError):
+            return cls.model_validate(_json(folder / STORE / ASKED))
+        except (OSError, ValueError):  # pydantic's are among these
             return None
 
     def write(self, folder: Path) -> None:
@@ -69,11 +69,23 @@ def finished(folder: Path) -> bool:
 
 def comparison(folder: Path) -> Comparison:
     """Before and after of a finished run."""
-    return Comparison.model_validate_json((folder / REPORT).read_bytes())
+    return Comparison.model_validate(_json(folder / REPORT))
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; unlike pydantic, Python reads names that are not UTF-8."""
+    return json.loads(path.read_bytes())
 
 
 def require_usable(out: Path, *, fresh: bool = False) -> None:
-    """OutputExistsError unless `out` is missing, empty, or a run that nobody works on; `fresh` wants no run there."""
+    """OutputExistsError unless `out` is missing, empty, or a run that nobody works on; `fresh` wants no run there.
+
+    ConfigError for a name that no weights can be written under.
+    """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{out} is no UTF-8, as the names of safetensors files are; choose another --out") from None
     try:
         if out.is_symlink() and not out.exists():
             raise OutputExistsError(f"{out} is a link to what is not there; choose another --out")

@@ -94,7 +94,8 @@ class Store:
             for name, data in ((DATA, packed.data), (RECORD, record.model_dump())):
                 (folder / name).write_text(json.dumps(data), encoding="utf-8")
 
-        make_folder_atomically(self.folder / str(key), fill)
+        needed = sum(tensor.nbytes for tensor in packed.tensors.values())
+        make_folder_atomically(self.folder / str(key), fill, needed=needed)
 
     def drop_tensors(self) -> None:
         """Removes what is large, for a run whose network is saved; what was told and decided stays."""

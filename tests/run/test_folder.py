@@ -8,7 +8,7 @@ import pytest
 
 from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
 from kcrprune.run import folder as folders
 from kcrprune.run import lock
 from kcrprune.run.folder import ASKED, RECORD, RUNS, STORE, Asked, candidates, require_usable, taken
@@ -192,6 +192,14 @@ def test_a_name_that_cannot_be_is_refused_and_leaves_no_parent(here):
     with pytest.raises(OutputExistsError, match="cannot write to"):
         take(here / "file" / "run").__enter__()
     assert [path.name for path in here.iterdir()] == ["file"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_costs(here):
+    out = here / os.fsdecode(b"run\xff")
+    for check in (lambda: require_usable(out), lambda: take(out).__enter__()):
+        with pytest.raises(ConfigError, match=r"is no UTF-8, .*; choose another --out"):
+            check()
+    assert not list(here.iterdir())
 
 
 def test_a_name_that_appears_meanwhile_is_left_alone(here):

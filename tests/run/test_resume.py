@@ -1,7 +1,9 @@
 """A run that is stopped and given again ends where one that is not stopped does, bit by bit."""
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kcrprune import pipeline
+from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import KcrPruneError, OutputExistsError
 from kcrprune.events import Note, StageStarted, ignore
 from kcrprune.plan import Preprocessing
@@ -191,6 +194,27 @@ def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoi
     assert told.parts == ["load", "save"]
     pipeline.compress(checkpoint, SHORT, tmp_path / "whole", ignore)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_the_network_is_told_of_before_anything_costs(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    told = Watch()
+    with pytest.raises(
+        KcrPruneError, match=r"run/model\.safetensors: it takes 0\.1 MB, and 0\.1 MB are free there; make"
+    ):
+        pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
+    assert told.parts == ["load"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_whose_names_are_not_utf_8_are_images(checkpoint, tmp_path):
+    images = image_folder(tmp_path / os.fsdecode(b"\xff\xfe"), each=4)
+    config = SHORT.model_copy(update={"data": str(images), "search_steps": 0, "recover_steps": 1})
+    result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+    assert json.loads((result.folder / "report.json").read_text("utf-8"))["settings"]["data"] == str(images)
+    assert open_model(result.folder).plan is not None
+    assert pipeline.compress(checkpoint, config, tmp_path / "run", ignore) == result
 
 
 def test_a_demo_that_is_stopped_goes_on(tmp_path, monkeypatch):
