@@ -12,8 +12,11 @@ from kcrprune.errors import KcrPruneError
 PAGE = Path(__file__).with_name("cli.md")
 EXIT_CODES = {
     0: "done",
-    1: "something unforeseen, or the file system's own word (disk full, permission)",
-    130: "interrupted with Ctrl-C",
+    1: "something unforeseen, or the machine's own limits (disk full, permission, memory, processes that load images)",
+    129: "stopped by SIGHUP: the terminal was closed",
+    130: "stopped by SIGINT: Ctrl-C",
+    141: "whoever read standard output has closed it, as `head` does",
+    143: "stopped by SIGTERM: a scheduler or `kill`",
 }
 INTRODUCTION = """# The command line
 
@@ -21,6 +24,8 @@ Written by `python docs/cli_reference.py`; do not edit.
 
 Results go to standard output, progress and errors to standard error. An error is one line that begins with `error:`.
 Colour is used in terminals alone; `NO_COLOR=1` turns it off. `KCRPRUNE_TRACEBACK=1` shows where an error arose.
+Progress that nobody reads (`2>&1 | head`, a full or closed log) is lost and ends nothing. A signal ends a command with
+one line and a code of its own; a run goes on when the same command is given again.
 
 A setting has the same name everywhere: `--target-flops` here, `target_flops` in the TOML file that `--config` names and
 in `kcrprune.compress(...)`. A flag wins over the TOML file, the file over the recipe, the recipe over the defaults.

@@ -5,30 +5,40 @@
     result = kcrprune.compress("swin_t.pth", target_flops=0.7)
     model = kcrprune.load(result.folder)  # a plain torch.nn.Module
 
-torch and timm load when a verb is called, not before.
+torch and timm load when a verb is called, not before, and nothing else before it is asked for: the command line has
+to be there at once, to be interrupted well.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcrprune.config import RunConfig, load_config, network_config, network_of
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import Listener, ignore
-from kcrprune.plan import ChannelPlan
 from kcrprune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from kcrprune.config import RunConfig
     from kcrprune.graphs import ExportResult
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import RunResult
+    from kcrprune.plan import ChannelPlan
 
 __all__ = ["ChannelPlan", "KcrPruneError", "RunConfig", "compress", "export_onnx", "load", "report", "save"]
 
 AnyPath = str | PathLike[str]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of the public surface."""
+    homes = {"ChannelPlan": "plan", "RunConfig": "config"}
+    if name not in homes:
+        raise AttributeError(f"module 'kcrprune' has no attribute {name!r}")
+    return getattr(import_module(f"kcrprune.{homes[name]}"), name)
 
 
 def compress(
@@ -47,6 +57,7 @@ def compress(
     The same call again goes on with a run that was stopped, and returns one that is finished; `fresh` begins another.
     """
     from kcrprune import pipeline
+    from kcrprune.config import load_config
 
     run = load_config(recipe, None if config is None else Path(config), settings)
     return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener, fresh=fresh)
@@ -60,6 +71,7 @@ def load(path: AnyPath, **network: Any) -> "nn.Module":
     """
     from kcrprune.artifact.artifact import open_model
     from kcrprune.artifact.origin import remembering
+    from kcrprune.config import network_config, network_of
 
     return remembering(open_model(Path(path), **network_of(network_config(network))))
 
@@ -83,6 +95,7 @@ def export_onnx(
     Without `onnx` the file lies beside the model; `network` as for `load`.
     """
     from kcrprune import pipeline
+    from kcrprune.config import network_config
 
     path, config = None if onnx is None else Path(onnx), network_config(network)
     return pipeline.export(Path(model), path, listener, config=config, opset=opset)
@@ -96,6 +109,7 @@ def report(
     `network` as for `load`; what kcrprune wrote knows its own.
     """
     from kcrprune import pipeline
+    from kcrprune.config import network_config
 
     paths, config = [Path(model) for model in models], network_config(network)
     return pipeline.report(paths, latency=latency, listener=listener, config=config)

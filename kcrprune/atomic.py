@@ -3,23 +3,33 @@
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+import psutil
 
 from kcrprune.errors import KcrPruneError, OutputExistsError
 
+LEFTOVER: Final = ".kcrprune-"  # begins the names of temporary files and folders; they end in .part
 
-def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False) -> None:
+
+def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = False, needed: int = 0) -> None:
     """Has `write` fill a temporary file in the folder of `path`, then gives it that name in one step.
 
     A failed or interrupted write leaves nothing at `path`. Missing folders are made and the umask decides the mode.
-    OutputExistsError where `path` is taken, unless `replace` says that the old file is to be superseded.
+    OutputExistsError where `path` is taken, unless `replace` says that the old file is to be superseded. KcrPruneError
+    where the disk has no room for the `needed` bytes, before anything is written.
     """
     path = Path(path)
     if not replace and (path.exists() or path.is_symlink()):
         raise OutputExistsError(taken(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_room(path, needed)
         temporary = _create(path)
     except OSError as error:
         raise KcrPruneError(f"cannot write {path}: {error.strerror or error}") from error
@@ -36,12 +46,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
         temporary.unlink(missing_ok=True)
 
 
-def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
+def make_folder_atomically(path: Path, fill: Callable[[Path], object], *, needed: int = 0) -> None:
     """Has `fill` put files into a temporary folder beside `path`, then gives it that name in one step.
 
-    What was left half done at `path` is replaced.
+    What was left half done at `path` is replaced. KcrPruneError where the disk has no room for the `needed` bytes.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    require_room(path, needed)
+    temporary = _temporary(path)
     try:
         temporary.mkdir()
         fill(temporary)
@@ -56,6 +67,16 @@ def make_folder_atomically(path: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_room(path: Path, needed: int) -> None:
+    """KcrPruneError where fewer than `needed` bytes are free on the disk of `path`, whose folder is there."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise KcrPruneError(
+            f"cannot write {path}: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; make "
+            "room, or choose a place on another disk"
+        )
+
+
 def taken(path: Path) -> str:
     """The sentence that says that an output path is in use."""
     return f"{path} exists already and nothing is overwritten; choose another path or remove it"
@@ -63,9 +84,32 @@ def taken(path: Path) -> str:
 
 def _create(path: Path) -> Path:
     """A new empty file beside `path`; unlike `tempfile`, it has the mode that the umask gives."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = _temporary(path)
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return temporary
+
+
+def _temporary(path: Path) -> Path:
+    """A free name beside `path` that tells whose it is; what dead processes of this host left for `path` is removed.
+
+    It is short, whatever the name of `path`.
+    """
+    host, name = (crc32(os.fsencode(text)) for text in (socket.gethostname(), path.name))
+    stem = f"{LEFTOVER}{name:08x}-{host:08x}-"
+    for left in path.parent.glob(f"{stem}*.part"):
+        process = left.name.removeprefix(stem).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            remove(left)
+    return path.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(3)}.part")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder is gone, as far as the system lets it go."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _publish(temporary: Path, path: Path, *, replace: bool) -> None:

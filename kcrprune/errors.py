@@ -5,12 +5,20 @@ KcrPruneError (1)
 |-- CheckpointError (3)         a file that cannot be read, or is not what it claims
 |-- UnsupportedModelError (4)   a network that no family covers, with the reason
 |-- DataError (5)               images or labels that do not fit
+|   |-- ImageError              an image that cannot be read
 |   `-- DivergedError           a training whose figures are no finite numbers any more
 |-- BudgetError (6)             a target that the open axes cannot reach
 |-- PlanMismatchError (7)       a plan made for another network
 |-- ExportError (8)             an exported graph that does not compute what the model does
 `-- OutputExistsError (9)       something is already there; nothing is overwritten
 """
+
+import re
+from typing import Final
+
+NO_MEMORY: Final = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to|unable to) allocate|not enough memory|bad[ _]alloc", re.IGNORECASE
+)
 
 
 class KcrPruneError(Exception):
@@ -43,6 +51,14 @@ class DataError(KcrPruneError):
     exit_code = 5
 
 
+class ImageError(DataError):
+    """An image that cannot be read; `name` is that of its file."""
+
+    def __init__(self, sentence: str, name: str = "") -> None:
+        super().__init__(sentence)
+        self.name = name
+
+
 class DivergedError(DataError):
     """A training whose loss, gradient or other figure is not a finite number."""
 
@@ -69,3 +85,9 @@ class OutputExistsError(KcrPruneError):
     """The requested path is taken; kcrprune overwrites nothing."""
 
     exit_code = 9
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy, torch, onnxruntime or the system says so, of a CPU's memory or a GPU's."""
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return by_class or bool(NO_MEMORY.search(str(error)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from math import isfinite
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -212,15 +211,6 @@ def _upgraded(block: dict[str, Any]) -> list[dict[str, Any]]:
             for axis in ("mlp_io", "mlp_hidden")
         ),
     ]
-
-
-def finite(data: Any) -> Any:
-    """Plain data in which None stands for every number that is infinite or none, since JSON has no such numbers."""
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def canonical_json(data: Any) -> str:

@@ -127,6 +127,16 @@ def test_files_and_functions_stay_small():
     assert not long
 
 
+def test_every_text_is_read_and_written_as_utf_8():
+    for path in MODULES:
+        for call in (
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        ):
+            name, words = ast.unparse(call.func), ast.unparse(call)
+            assert not name.endswith((".read_text", ".write_text")) or "utf-8" in words, f"{path.name}: {words}"
+            assert name != "open" or "utf-8" in words, f"{path.name}: {words}"
+
+
 def test_no_room_holds_everything():
     lines = Counter[str]()
     for path in MODULES:

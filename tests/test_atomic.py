@@ -2,10 +2,12 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from kcrprune.atomic import make_folder_atomically, write_atomically
+from kcrprune.atomic import _temporary, make_folder_atomically, write_atomically
 from kcrprune.errors import KcrPruneError, OutputExistsError
 
 
@@ -110,3 +112,24 @@ def test_a_folder_that_could_not_be_filled_is_not_there(tmp_path, error):
     with pytest.raises((KeyboardInterrupt, ValueError, KcrPruneError)):
         make_folder_atomically(tmp_path / "new", fill)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["touch", "mkdir"])
+def test_what_a_killed_process_left_for_the_same_name_is_swept_and_nothing_else(tmp_path, kind):
+    code = "import sys, pathlib, kcrprune.atomic as a; "
+    code += f"[a._temporary(pathlib.Path(name)).{kind}() for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m.onnx", tmp_path / "n.onnx"], check=True)
+    others = list(tmp_path.iterdir())
+    alive = _temporary(tmp_path / "m.onnx")  # sweeps
+    [other] = tmp_path.iterdir()
+    [left] = set(others) - {other}
+    elsewhere, mine = tmp_path / f"{left.name[:19]}0badhost-1-a.part", tmp_path / ".m.part"
+    for file in (alive, elsewhere, mine):
+        file.touch()
+    write_atomically(tmp_path / "m.onnx", lambda file: file.write_text("whole"))
+    assert set(tmp_path.iterdir()) == {other, alive, elsewhere, mine, tmp_path / "m.onnx"}
+
+
+def test_a_name_as_long_as_the_system_allows_can_be_written(tmp_path):
+    write_atomically(tmp_path / ("n" * 255), lambda file: file.write_text("whole"))
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]

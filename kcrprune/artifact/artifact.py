@@ -89,7 +89,7 @@ def save_model(
         except SafetensorError as error:
             raise KcrPruneError(f"cannot write {path}: {error}") from error
 
-    write_atomically(path, write)
+    write_atomically(path, write, needed=sum(value.nbytes for value in tensors.values()))
 
 
 @torch.no_grad()
@@ -125,12 +125,15 @@ def open_model(path: Path, **overrides: Any) -> Opened:
     `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing, and `outputs`.
     """
     path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
-    if file.is_file() and is_safetensors(file):
-        header = read_header(file)
-        if KEY in header.metadata:
-            return _open_artifact(file, header, overrides)
-    return open_dense(path, **overrides)
+    try:
+        file = path / MODEL_FILE if path.is_dir() else path
+        if file.is_file() and is_safetensors(file):
+            header = read_header(file)
+            if KEY in header.metadata:
+                return _open_artifact(file, header, overrides)
+        return open_dense(path, **overrides)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> Opened:

@@ -85,7 +85,7 @@ def save_for_timm(
     try:
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
         write_atomically(temporary / "model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
-        write_atomically(temporary / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
+        write_atomically(temporary / "config.json", lambda file: file.write_text(json.dumps(config, indent=2), "utf-8"))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

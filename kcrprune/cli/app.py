@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from kcrprune.cli import commands, render
+from kcrprune.cli import commands, render, signals, streams
 from kcrprune.cli.options import GroupedCommand, OnnxCommand, flag
 from kcrprune.config import RENAMED
-from kcrprune.errors import KcrPruneError
+from kcrprune.errors import KcrPruneError, ran_out_of_memory
 from kcrprune.version import __version__
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+UNREAD = 141  # 128 + SIGPIPE, as shells report it
+MORE_MEMORY = "give a smaller --batch-size, fewer --calibration-images, --workers 0, or a machine with more"
 
 # Plain help: Typer's rich one costs 0.2 s of imports, and puts escape codes into pipes on some CI systems.
 app = typer.Typer(name="kcrprune", add_completion=False, rich_markup_mode=None)
@@ -47,30 +48,50 @@ def root(
     """Smaller vision transformers: a checkpoint in, a cut network and a verified ONNX file out."""
 
 
-def main() -> None:
-    """The program `kcrprune`."""
+def program(arguments: Sequence[str]) -> int:
+    """Sets the process up, and runs one command line."""
     # Read when torch loads. Threads that spin while they wait made the demo's training steps ten times slower on two
     # cores that other programs used as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries' notices to developers; `python -W` brings them back
-    sys.exit(run(sys.argv[1:]))
+    return run(arguments)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code."""
     try:
-        return get_command(app).main(list(arguments) or ["--help"], prog_name="kcrprune", standalone_mode=False) or 0
-    except KcrPruneError as error:
-        return _fail(error, str(error), error.exit_code)
-    except typer.TyperException as error:  # a misspelt option, a missing argument
-        return _fail(error, _usage(error), error.exit_code)
+        code = get_command(app).main(list(arguments) or ["--help"], prog_name="kcrprune", standalone_mode=False) or 0
+        render.finish()
+        signals.raise_again()
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except OSError as error:
-        return _fail(error, str(error), 1)
+        code = signals.told()
+    except (streams.Unread, SystemExit):  # Typer exits where its own help meets a closed pipe
+        streams.abandon_output()
+        code = UNREAD
     except Exception as error:  # the last line of defence, so that a user sees a sentence
-        return _fail(error, f"unexpected {type(error).__name__}: {error} (KCRPRUNE_TRACEBACK=1 shows where)", 1)
+        # what a library makes of an interrupt is one still
+        code = signals.told() if signals.received() else _fail(error, *_told(error))
+    return code
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """The sentence for an error, and its exit code."""
+    if isinstance(error, KcrPruneError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):  # a misspelt option, a missing argument
+        return _usage(error), error.exit_code
+    if ran_out_of_memory(error):
+        return f"memory ran out ({_last_line(error)}); {MORE_MEMORY}", 1
+    if isinstance(error, OSError):
+        return str(error), 1
+    return f"unexpected {type(error).__name__}: {_last_line(error)} (KCRPRUNE_TRACEBACK=1 shows where)", 1
+
+
+def _last_line(error: Exception) -> str:
+    """An error's text; of one that a process that loads images has sent with its traceback, the last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -2,22 +2,23 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kcrprune.cli import signals
 from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
-from kcrprune.events import Listener
+from kcrprune.cli.streams import Output, Unheard
+from kcrprune.events import Event, Listener
 from kcrprune.measure import tables
 from kcrprune.measure.report import Comparison, Inspection, ModelReport
 from kcrprune.measure.summary import notes_of, tables_of, to_markdown
-from kcrprune.plan import finite
 from kcrprune.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:  # these modules import torch
@@ -32,12 +33,19 @@ OPENED_BY = {  # how people without kcrprune open what was exported
 WIDE = 10_000  # columns of a pipe or a file, where nothing needs to wrap
 
 
-def progress(*, quiet: bool) -> AbstractContextManager[Listener]:
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Listener]:
     """A listener that shows a running job: live in a terminal, as lines elsewhere, warnings only if quiet."""
-    console = _console(sys.stderr)
-    if quiet:
-        return QuietProgress(console)
-    return LiveProgress(console) if console.is_interactive else PlainProgress(console)
+    console = _console(Unheard(sys.stderr))
+    kind = QuietProgress if quiet else LiveProgress if console.is_interactive else PlainProgress
+
+    with kind(console) as show:
+
+        def listener(event: Event) -> None:
+            signals.raise_again()
+            show(event)
+
+        yield listener
 
 
 def run(result: "RunResult", *, as_json: bool = False) -> None:
@@ -102,16 +110,21 @@ def inspection(found: Inspection, *, as_json: bool = False) -> None:
 
 def line(text: str) -> None:
     """One line of the result; never wrapped or coloured."""
-    _print(_console(sys.stdout), text)
+    _print(_console(Output(sys.stdout)), text)
 
 
 def failure(text: str) -> None:
     """What went wrong."""
-    _print(_console(sys.stderr), text)
+    _print(_console(Unheard(sys.stderr)), text)
+
+
+def finish() -> None:
+    """Sends on what was printed; the errors are those of the results."""
+    Output(sys.stdout).flush()
 
 
 def _described(what: Comparison | Inspection | Sequence[ModelReport]) -> None:
-    console = _console(sys.stdout)
+    console = _console(Output(sys.stdout))
     for table in tables_of(what):
         console.print(_drawn(table))
     for note in notes_of(what):
@@ -135,14 +148,15 @@ def _drawn(table: tables.Table) -> RichTable:
 
 
 def _json(data: Any) -> None:
-    plain = finite(TypeAdapter(type(data)).dump_python(data, mode="json"))
-    _console(sys.stdout).out(printable_json(json.dumps(plain, indent=2, ensure_ascii=False)), highlight=False)
+    plain = (sys.stdout.encoding or "utf-8").lower() != "utf-8"  # which lacks nothing but halves of signs
+    text = json.dumps(to_jsonable_python(data, inf_nan_mode="null"), indent=2, ensure_ascii=plain)
+    line(printable_json(text))
 
 
 def _print(console: Console, text: str) -> None:
     console.print(printable_lines(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: Unheard) -> Console:
     """Rich decides on colour by the stream, NO_COLOR and FORCE_COLOR."""
-    return Console(file=stream, width=None if stream.isatty() else WIDE, emoji=False)
+    return Console(file=cast(TextIO, stream), width=None if stream.isatty() else WIDE, emoji=False)

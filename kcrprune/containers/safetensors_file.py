@@ -48,6 +48,8 @@ def read_header(path: Path) -> Header:
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
+        if "not valid UTF-8" in str(error):
+            raise CheckpointError(f"{path}: safetensors files are read by names that are UTF-8; rename it") from error
         raise CheckpointError(f"{path} is damaged or cut short: {printable(str(error), 200)}") from error
     return Header({name: _ref(path, opened, name) for name in opened.keys()}, opened.metadata() or {})  # noqa: SIM118 (no mapping)
 

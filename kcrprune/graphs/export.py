@@ -105,7 +105,7 @@ def export_onnx(
         except CheckpointError as error:
             raise ExportError(f"the exported graph does not work, nothing was written: {error}") from error
 
-    write_atomically(path, write)
+    write_atomically(path, write, needed=len(data))
     graph, difference = verified[0]
     seconds = time.perf_counter() - start
     listener(StageEnded("export", seconds))

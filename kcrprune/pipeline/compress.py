@@ -1,10 +1,14 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kcrprune.artifact.artifact import MODEL_FILE
+from kcrprune.atomic import require_room
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener
+from kcrprune.measure.macs import count_parameters
 from kcrprune.measure.report import Comparison
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
@@ -36,7 +40,8 @@ def compress(
     given = load(context)
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
     named = checkpoint.resolve()
-    name = f"{named.name if named.is_dir() else named.stem}-{config.target_flops:g}"
+    stem = os.fsencode(named.name if named.is_dir() else named.stem).decode("utf-8", "replace")
+    name = f"{stem}-{config.target_flops:g}"
     with folders.taken(folders.candidates(out, name, asked, fresh=fresh)) as folder:
         if folders.finished(folder):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
@@ -51,6 +56,8 @@ def load(context: Context) -> Results:
 
 
 def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Comparison:
+    if not (folder / MODEL_FILE).is_file():  # it costs too much to find that out in the end
+        require_room(folder / MODEL_FILE, 4 * count_parameters(given["open"].dense))
     before = Asked.read(folder)
     if before is not None and (changed := before.differences(asked)):
         context.tell(f"changed since the run was stopped: {', '.join(changed)}; what depends on it is made again")

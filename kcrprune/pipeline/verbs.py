@@ -152,6 +152,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
         split=config.val_split,
         class_map=config.class_map,
         class_names=names,
+        workers=config.workers,
     )
     if isinstance(images, Pictures) and images.source.told:
         listener(Note(images.source.told))

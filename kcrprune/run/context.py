@@ -16,6 +16,7 @@ from kcrprune.events import Listener, Note, StageEnded, StageStarted
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.measure.report import StageTime
 from kcrprune.run.machine import peak_memory_mib
+from kcrprune.training.images.unreadable import Replaced
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
@@ -105,6 +106,12 @@ class Context:
         if parts:
             self.tell(f"continues after: {', '.join(parts)} (kept from before)")
         return bool(parts)
+
+    def say_replaced(self, name: str, replaced: Replaced) -> None:
+        """Names the images that could not be read: the first in a sentence, all in the run's record."""
+        if told := replaced.told(name):
+            self.say(told, True)
+            self.record.decisions[f"replaced images ({name})"] = replaced.names
 
     def remember(self, training: str, history: Sequence[dict[str, float]]) -> None:
         """Takes down the course of a training, step by step."""

@@ -1,9 +1,11 @@
 """The stages from the cut on: each candidate cut and refitted, the nearest one chosen and trained on."""
 
+from math import inf, isfinite
 from typing import Final
 
 from torch import nn
 
+from kcrprune.errors import DivergedError
 from kcrprune.measure.report import Accuracy
 from kcrprune.method.budget import Scores, solve
 from kcrprune.plan import ChannelPlan
@@ -90,13 +92,23 @@ def _cut(
     if settings.refit:
         uncorrected = measure.loss(pruned)
         refit(context, network, pool, balanced, pruned, plan, name)
-    return Cut(plan=plan, weights=pruned.state_dict(), distance=measure.loss(pruned), uncorrected=uncorrected)
+    found = measure.loss(pruned)
+    if not isfinite(found):
+        context.say(f"cut ({name}): the network answers what are no finite numbers", True)
+    return Cut(
+        plan=plan, weights=pruned.state_dict(), distance=found if isfinite(found) else inf, uncorrected=uncorrected
+    )
 
 
 def choose(context: Context, searched: Cut | None, scored: Cut | None) -> Cut:
     """The candidate that stays closest to the dense network."""
     candidates = {name: cut for name, cut in (("search", searched), ("scores", scored)) if cut is not None}
     best = min(candidates, key=lambda name: candidates[name].distance)
+    if candidates[best].distance == inf:
+        raise DivergedError(
+            f"the network cut by its {best} answers what are no finite numbers; a higher --refit-ridge, or --no-refit, "
+            "may help"
+        )
     context.record.decisions["plans"] = {
         "ranking": context.settings.ranked_by,
         "before_refit": {n: cut.uncorrected for n, cut in candidates.items() if cut.uncorrected is not None},
@@ -136,6 +148,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             snapshots=context.snapshots,
         )
     _remember(context, found)
+    context.say_replaced("recover", pool.parts.training.replaced)
     return Recovery(weights=model.state_dict(), cut=accuracy)
 
 

@@ -4,19 +4,19 @@ A folder is a run's own from the moment that nothing cheap can refuse it any mor
 memory; its results appear beside it, whole and one by one, and RECORD comes last: a folder without it is unfinished.
 """
 
-import shutil
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from kcrprune.artifact.artifact import MODEL_FILE
-from kcrprune.atomic import write_atomically
+from kcrprune.atomic import LEFTOVER, remove, write_atomically
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
 from kcrprune.measure.report import Comparison
 from kcrprune.plan import Frozen
 from kcrprune.run import lock
@@ -45,14 +45,14 @@ class Asked(Frozen):
     def read(cls, folder: Path) -> "Asked | None":
         """What the run in a folder was asked; None for any other folder."""
         try:
-            return cls.model_validate_json((folder / STORE / ASKED).read_bytes())
-        except (OSError, ValidationError):
+            return cls.model_validate(_json(folder / STORE / ASKED))
+        except (OSError, ValueError):  # pydantic's are among these
             return None
 
     def write(self, folder: Path) -> None:
         """For the next time that the run is asked for."""
-        text = self.model_dump_json(indent=2)
-        write_atomically(folder / STORE / ASKED, lambda file: file.write_text(text), replace=True)
+        text = json.dumps(self.model_dump(mode="json"), indent=2)
+        write_atomically(folder / STORE / ASKED, lambda file: file.write_text(text, "utf-8"), replace=True)
 
     def differences(self, other: "Asked") -> list[str]:
         """Names of what is not the same."""
@@ -69,11 +69,23 @@ def finished(folder: Path) -> bool:
 
 def comparison(folder: Path) -> Comparison:
     """Before and after of a finished run."""
-    return Comparison.model_validate_json((folder / REPORT).read_bytes())
+    return Comparison.model_validate(_json(folder / REPORT))
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; unlike pydantic, Python reads names that are not UTF-8."""
+    return json.loads(path.read_bytes())
 
 
 def require_usable(out: Path, *, fresh: bool = False) -> None:
-    """OutputExistsError unless `out` is missing, empty, or a run that nobody works on; `fresh` wants no run there."""
+    """OutputExistsError unless `out` is missing, empty, or a run that nobody works on; `fresh` wants no run there.
+
+    ConfigError for a name that no weights can be written under.
+    """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{out} is no UTF-8, as the names of safetensors files are; choose another --out") from None
     try:
         if out.is_symlink() and not out.exists():
             raise OutputExistsError(f"{out} is a link to what is not there; choose another --out")
@@ -162,8 +174,9 @@ def _locked(folder: Path, made: list[Path], *, new: bool) -> Path | None:
             return None
         _remove_empty((store, *made))
         raise OutputExistsError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
-    for part in store.glob(".*.part") if mine is not None else ():  # of a stage that was being written
-        shutil.rmtree(part, ignore_errors=True)
+    for place in (store, folder) if mine is not None else ():
+        for left in place.glob(f"{LEFTOVER}*.part"):  # of a process that was killed
+            remove(left)
     return mine
 
 

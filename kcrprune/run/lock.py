@@ -60,7 +60,7 @@ def take(folder: Path) -> Path | None:
         return None
     mine = folder / f"{NAME}.{_number(locks[-1]) + 1 if locks else 1}"
     try:
-        write_atomically(mine, lambda file: file.write_text(Owner.me().model_dump_json()))
+        write_atomically(mine, lambda file: file.write_text(Owner.me().model_dump_json(), "utf-8"))
     except OutputExistsError:  # another process was faster
         return None
     for dead in locks:

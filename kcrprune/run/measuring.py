@@ -40,9 +40,9 @@ def measure_dense(context: Context, network: Network, pool: Pool) -> Reference:
     """What the pruned network will be compared with."""
     with context.part("measure dense"):
         dense = Remembered(network.dense)
+        accuracy = accuracy_on(context, network, pool, dense)  # first: an image that cannot be read ends the run
         covariance = feature_covariance(network.dense, pool.parts.calibration)
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
-        accuracy = accuracy_on(context, network, pool, dense)
     return Reference(
         kernel=kernel, accuracy=accuracy, logits=dense.logits, products=covariance.total, images=covariance.images
     )

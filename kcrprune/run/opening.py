@@ -8,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from timm.data.readers.img_extensions import is_img_extension
 from torch import Tensor, nn
 
 from kcrprune.artifact.artifact import open_model
@@ -26,6 +25,7 @@ from kcrprune.run.context import Context
 from kcrprune.run.describe import file_bytes
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.surgery.narrow import cut_, expand_
+from kcrprune.training.images.files import is_image
 from kcrprune.training.images.sets import Images, open_images
 from kcrprune.training.losses import make_objective
 from kcrprune.training.parts import Parts, divide, told_of_few
@@ -160,6 +160,7 @@ def require_task(context: Context, network: Network, pool: Pool) -> None:
     objective_of(context, network, pool)
     for sentence in told_of_few(pool.parts, config):
         context.say(sentence)
+    context.say_replaced("calibration", pool.parts.replaced)
 
 
 def _told(network: Network, config: RunConfig) -> Iterator[str]:
@@ -210,4 +211,4 @@ def _pictures(root: Path) -> Iterator[Path]:
     if root.is_file():
         yield root
     for folder, _, names in os.walk(root):
-        yield from (Path(folder, name) for name in names if is_img_extension(Path(name).suffix.lower()))
+        yield from (Path(folder, name) for name in names if is_image(name))

@@ -198,4 +198,6 @@ def search(
         )
     remove_gates_(model, gates)
     context.remember("search", found.history)
+    for batches in (pool.parts.gates, pool.parts.weights):
+        context.say_replaced(batches.stage, batches.replaced)
     return Searched(scores=by_site(found.scores), weights=model.state_dict() if settings.search_weight_lr > 0 else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
@@ -14,7 +15,6 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
-from kcrprune.plan import finite
 from kcrprune.run.context import Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
@@ -140,9 +140,12 @@ def to_lines(histories: Mapping[str, list[dict[str, int | float | None]]]) -> st
 
 def write_json(path: Path, data: Any) -> None:
     """Readable JSON with a final newline."""
-    write_text(path, json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(to_jsonable_python(data, inf_nan_mode="null"), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that appears whole, in the place of what an earlier attempt may have left."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"), replace=True)
+    """A file that appears whole, in the place of what an earlier attempt may have left.
+
+    Of names that are not UTF-8, what is not is written as its number, which JSON reads as it was.
+    """
+    write_atomically(path, lambda file: file.write_bytes(text.encode("utf-8", "backslashreplace")), replace=True)

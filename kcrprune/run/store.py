@@ -126,7 +126,8 @@ def write_packed(path: Path, packed: Packed, beside: Mapping[str, Any] = Mapping
         for name, data in {DATA: packed.data, **beside}.items():
             (folder / name).write_text(json.dumps(data), encoding="utf-8")
 
-    make_folder_atomically(path, fill)
+    needed = sum(tensor.nbytes for tensor in packed.tensors.values())
+    make_folder_atomically(path, fill, needed=needed)
 
 
 def _apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

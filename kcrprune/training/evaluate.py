@@ -82,6 +82,10 @@ def evaluate(
     listener(StageEnded(STAGE, time.perf_counter() - start))
     if totals.images == 0:
         raise DataError("there is no image to evaluate on; name a folder that holds some")
+    if not totals.finite:
+        raise DataError(
+            "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
+        )
     return totals.result(compared=reference is not None)
 
 
@@ -96,11 +100,13 @@ class _Totals:
     among_five: Tensor | int = 0
     agreeing: Tensor | int = 0
     loss: Tensor | float = 0.0
+    finite: Tensor | bool = True
 
     def add_(self, logits: Tensor, labels: Tensor, others: Tensor | None) -> None:
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
+        self.finite = logits.isfinite().all() & self.finite
         if len(labels) and int(labels.max()) >= self.classes:
             raise DataError(
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
@@ -133,9 +139,11 @@ class _FeatureTotals:
 
     images: int = 0
     nearness: NearnessTotals = field(default_factory=NearnessTotals)
+    finite: Tensor | bool = True
 
     def add_(self, features: Tensor, labels: Tensor, others: Tensor | None) -> None:
         self.images += len(labels)
+        self.finite = features.isfinite().all() & self.finite
         if others is not None:
             self.nearness.add_(features, others)
 

@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.training.images.batches import Batches, in_order
+from kcrprune.training.images.checked import require_readable
 from kcrprune.training.images.parts import sample, split
 from kcrprune.training.images.sets import Images
+from kcrprune.training.images.unreadable import Replaced, Replacing
 
 HELD_OUT = 512  # images, at most, that decide between plans and between weights
 
@@ -19,7 +21,8 @@ HELD_OUT = 512  # images, at most, that decide between plans and between weights
 class Parts:
     """The images of a run, divided; whatever a run decides by is in no other part.
 
-    `calibration` and `scoring` are batches (batch, C, H, W) in memory, the loaders give (images, labels).
+    `calibration` and `scoring` are batches (batch, C, H, W) in memory, the loaders give (images, labels). Of images
+    that cannot be read, those that decide are refused here; others take the place of the rest.
     """
 
     weights: Batches
@@ -29,6 +32,7 @@ class Parts:
     scoring: list[Tensor]
     held_out: DataLoader
     evaluation: DataLoader | None
+    replaced: Replaced  # of `calibration`
 
 
 def divide(images: Images, config: RunConfig) -> Parts:
@@ -37,17 +41,21 @@ def divide(images: Images, config: RunConfig) -> Parts:
     rest = 1 - min(HELD_OUT, total // 5) / max(1, total)
     training, _ = split(images.train, rest, config.seed, "held out")
     plain, held_out = split(images.calibrate, rest, config.seed, "held out")
+    require_readable(len(held_out), held_out.__getitem__, config.workers)  # type: ignore[arg-type]
     weights, gates = split(training, config.search_split, config.seed, "gates")
+    plain = Replacing(plain, config.seed, "calibration")
     calibration = sample(plain, config.calibration_images, config.seed, "calibration")
     scoring = sample(calibration, config.score_images, config.seed, "scoring")
+    replaced = Replaced(len(calibration))  # type: ignore[arg-type]
     return Parts(
         weights=_drawn(weights, config, "search: weights"),
         gates=_drawn(gates, config, "search: gates"),
         training=_drawn(training, config, "recover"),
-        calibration=[batch for batch, _ in _in_order(calibration, config)],
-        scoring=[batch for batch, _ in _in_order(scoring, config)],
+        calibration=_in_memory(calibration, config, replaced),
+        scoring=_in_memory(scoring, config, replaced),
         held_out=_in_order(held_out, config),
         evaluation=None if images.evaluate is None else _in_order(images.evaluate, config),
+        replaced=replaced,
     )
 
 
@@ -65,6 +73,14 @@ def _drawn(dataset: Dataset, config: RunConfig, stage: str) -> Batches:
 
 def _in_order(dataset: Dataset, config: RunConfig) -> DataLoader:
     return in_order(dataset, _size(dataset, config), workers=config.workers)
+
+
+def _in_memory(dataset: Dataset, config: RunConfig, replaced: Replaced) -> list[Tensor]:
+    batches = []
+    for images, _, names in _in_order(dataset, config):
+        replaced.note_(names)
+        batches.append(images)
+    return batches
 
 
 def _size(dataset: Dataset, config: RunConfig) -> int:

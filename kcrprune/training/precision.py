@@ -1,6 +1,7 @@
 """The device that a run computes on, and in which precision."""
 
 import os
+from typing import Final
 
 import torch
 from accelerate import Accelerator
@@ -8,12 +9,15 @@ from accelerate.state import AcceleratorState
 
 from kcrprune.errors import ConfigError
 
+SIZES: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers set
+
 
 def open_accelerator(device: str, precision: str) -> Accelerator:
     """Accelerator on the asked device; `auto` is a GPU where there is one, in bf16, else the CPU in fp32.
 
     ConfigError names a device that this machine lacks.
     """
+    _require_one_process()
     chosen = _available_device(device)
     if precision == "auto":
         precision = "bf16" if chosen.startswith("cuda") else "fp32"
@@ -22,12 +26,22 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    accelerator = Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
-    if accelerator.num_processes > 1:  # nothing shares the images out yet, so sums would count them twice
+    return Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+
+
+def _require_one_process() -> None:
+    """ConfigError where a launcher has started several processes, or its variables are left over: all would be awaited.
+
+    Nothing shares the images out yet, so sums would count them twice.
+    """
+    left = [name for name in SIZES if os.environ.get(name, "1") != "1"]
+    if os.environ.get("LOCAL_RANK", "-1") != "-1" and os.environ.get("WORLD_SIZE") != "1":
+        left.append("LOCAL_RANK")
+    if left:
         raise ConfigError(
-            f"{accelerator.num_processes} processes were launched, and a run is one; start it without them"
+            f"{left[0]} is {os.environ[left[0]]!r} in the environment, as where several processes are launched, and a "
+            f"run is one; start it without a launcher (`unset {' '.join(left)}`)"
         )
-    return accelerator
 
 
 def _available_device(device: str) -> str:

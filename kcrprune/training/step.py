@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kcrprune.errors import ConfigError, DivergedError
+from kcrprune.errors import ConfigError, DivergedError, ran_out_of_memory
 from kcrprune.events import Listener, Note, StepDone, ignore
 from kcrprune.method.objective import Loss
 from kcrprune.training.randomness import seeded
@@ -108,7 +108,9 @@ class Training:
                     share = len(part[0]) / images
                     (share * loss.total).backward(inputs=learned)
                     found.append((share, replace(loss, total=loss.total.detach())))
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:  # a CPU's has no class of its own
+            if not ran_out_of_memory(error):
+                raise
             return None
         return Loss.mean(found)
 

@@ -68,9 +68,27 @@ def test_the_file_system_speaks_for_itself(pipeline, capsys):
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'run/model.safetensors'\n"
 
 
-def test_an_interrupt_is_130(pipeline):
-    pipeline.fails_with = KeyboardInterrupt()
-    assert run(["compress", "x", "-q"]) == 130
+MEMORY = [
+    MemoryError("Unable to allocate 3.1 TiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+    ),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    OSError(12, "Cannot allocate memory"),
+    MemoryError("Caught MemoryError in worker 0.\nTraceback (most recent call last):\n  x\nMemoryError: of numpy"),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=str)
+def test_memory_that_runs_out_is_one_sentence_with_the_way_out(pipeline, capsys, error):
+    pipeline.fails_with = error
+    assert run(["compress", "x", "-q"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: memory ran out (")
+    assert told.endswith(
+        "); give a smaller --batch-size, fewer --calibration-images, --workers 0, or a machine with more\n"
+    )
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["compress", "--help"]])

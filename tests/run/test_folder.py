@@ -8,7 +8,7 @@ import pytest
 
 from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.config import RunConfig
-from kcrprune.errors import CheckpointError, OutputExistsError
+from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
 from kcrprune.run import folder as folders
 from kcrprune.run import lock
 from kcrprune.run.folder import ASKED, RECORD, RUNS, STORE, Asked, candidates, require_usable, taken
@@ -194,6 +194,14 @@ def test_a_name_that_cannot_be_is_refused_and_leaves_no_parent(here):
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_costs(here):
+    out = here / os.fsdecode(b"run\xff")
+    for check in (lambda: require_usable(out), lambda: take(out).__enter__()):
+        with pytest.raises(ConfigError, match=r"is no UTF-8, .*; choose another --out"):
+            check()
+    assert not list(here.iterdir())
+
+
 def test_a_name_that_appears_meanwhile_is_left_alone(here):
     (here / "a").mkdir()
     with taken([(here / "a", True), (here / "b", True)]) as folder:
@@ -214,7 +222,13 @@ def test_the_newest_model_is_that_of_a_finished_run_in_a_folder_that_shows(here)
 
 
 def test_a_half_written_stage_of_a_stopped_run_is_cleared_away(here):
-    half = stopped(here / "run") / STORE / ".score-0123.abcd.part"
+    run = stopped(here / "run")
+    half, report = run / STORE / ".kcrprune-0-1-2-3.part", run / ".kcrprune-0-1-2-4.part"
     half.mkdir()
-    with take(here / "run"):
+    report.write_text("")
+    (run / ".mine.part").write_text("")
+    with take(run):
         assert not half.exists()
+        assert not report.exists()
+        assert (run / ".mine.part").exists()
+        assert (run / STORE / "dense-0123").is_dir()

@@ -1,6 +1,7 @@
 """A run that is stopped and given again ends where one that is not stopped does, bit by bit."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 
 from kcrprune import pipeline
+from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import KcrPruneError, OutputExistsError
 from kcrprune.events import Note, StageStarted, StepDone, ignore
+from kcrprune.plan import Preprocessing
 from kcrprune.run import saving
 from kcrprune.run.folder import RUNS, STORE
+from kcrprune.training.images.sets import open_images
+from kcrprune.training.images.source import Source
+from kcrprune.training.parts import divide
 from tests.pipeline.test_compress import SHORT, image_folder, save
 
 PARTS = (
@@ -185,6 +191,32 @@ def test_other_images_under_the_same_name_are_other_images(checkpoint, tmp_path)
     assert any("changed since the run was stopped: the images" in note for note in told.notes)
 
 
+def test_a_damaged_image_that_training_alone_meets_is_replaced_and_listed(checkpoint, tmp_path, monkeypatch):
+    images, read = image_folder(tmp_path / "images"), Source.read
+    config = SHORT.model_copy(update={"data": str(images), "search_steps": 0, "calibration_images": 8})
+    config = config.model_copy(update={"recover_steps": 8})  # two epochs
+    met = set()
+
+    def watched(source, index):
+        met.add(Path(source.place, source.items.files.names[index]))
+        return read(source, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", watched)
+        divide(open_images(config, Preprocessing(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), 5), config)
+    damaged = next(path for path in sorted((images / "train").rglob("*.png")) if path not in met)
+    damaged.write_bytes(damaged.read_bytes()[:-60])
+    whole = pipeline.compress(checkpoint, config, tmp_path / "whole", ignore)
+    told = f"recover: 1 of 32 images cannot be read and others took their place: {damaged}"
+    assert told in whole.comparison.notes
+    decisions = json.loads((tmp_path / "whole" / "run.json").read_text())["decisions"]
+    assert decisions["replaced images (recover)"] == [str(damaged)]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(checkpoint, config, tmp_path / "run", Watch(stop_at="measure pruned"))
+    pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoint, finished, tmp_path, monkeypatch):
     def full(path: Path, text: str):
         raise KcrPruneError(f"cannot write {path}: No space left on device")
@@ -198,6 +230,27 @@ def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoi
     pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
     assert told.parts == ["load", "save"]
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_disk_without_room_for_the_network_is_told_of_before_anything_costs(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    told = Watch()
+    with pytest.raises(
+        KcrPruneError, match=r"run/model\.safetensors: it takes 0\.1 MB, and 0\.1 MB are free there; make"
+    ):
+        pipeline.compress(checkpoint, SHORT, tmp_path / "run", told)
+    assert told.parts == ["load"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_whose_names_are_not_utf_8_are_images(checkpoint, tmp_path):
+    images = image_folder(tmp_path / os.fsdecode(b"\xff\xfe"), each=4)
+    config = SHORT.model_copy(update={"data": str(images), "search_steps": 0, "recover_steps": 1})
+    result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+    assert json.loads((result.folder / "report.json").read_text("utf-8"))["settings"]["data"] == str(images)
+    assert open_model(result.folder).plan is not None
+    assert pipeline.compress(checkpoint, config, tmp_path / "run", ignore) == result
 
 
 def test_a_demo_that_is_stopped_goes_on(tmp_path, monkeypatch):

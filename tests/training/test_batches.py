@@ -1,8 +1,10 @@
 """Batches by address: equal to the bit with any number of workers and from any first step."""
 
 import itertools
+import os
 import random
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kcrprune.errors import DataError
+from kcrprune.errors import DataError, KcrPruneError
 from kcrprune.plan import Preprocessing
 from kcrprune.training.images.batches import Batches, in_order
 from kcrprune.training.images.transforms import training_transform
@@ -108,6 +110,44 @@ def test_loading_leaves_the_global_generators_alone(workers):
 def test_a_wrong_image_is_told_in_its_own_sentence(workers):
     with pytest.raises(DataError, match=r"^image \d is broken; remove it$"):
         first(1, batches(Broken(), size=2, workers=workers).from_step(0))
+
+
+class Deadly(Broken):
+    def __init__(self, end: Callable[[], object]) -> None:
+        self.end = end
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.end()
+        raise AssertionError("nothing ended")
+
+
+def no_memory() -> None:
+    raise MemoryError("of the process")
+
+
+def full() -> None:
+    raise RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)")
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "a process that loads images was killed, .*; give fewer --workers",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "/dev/shm.*--workers 0"),
+        (full, r"more shared memory than /dev/shm has; .*docker run --shm-size 2g\)"),
+        (lambda: os._exit(3), "was killed"),
+        (no_memory, "memory ran out in a process that loads images; give fewer --workers"),
+    ],
+    ids=["killed", "bus error", "full", "ended", "memory"],
+)
+def test_processes_that_die_are_told_in_one_sentence_with_the_way_out(end: Callable[[], object], told: str):
+    with pytest.raises(KcrPruneError, match=told) as caught:
+        first(1, batches(Deadly(end), size=2, workers=1).from_step(0))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_the_processes_that_load_stay_for_the_next_pass():

@@ -66,7 +66,7 @@ def test_pixels_of_an_unknown_range_are_refused_with_their_mode(tmp_path: Path, 
     (tmp_path / "a").mkdir()
     Image.fromarray((RAMP * 1000).astype(kind)).save(tmp_path / "a" / "1.tif")
     with pytest.raises(DataError, match=rf"1\.tif has pixels of 32 bits \(mode {mode}\), which do not tell black"):
-        open_folder(tmp_path, None, 3)
+        open_evaluation(str(tmp_path), PREPROCESSING, 1)
 
 
 @pytest.mark.parametrize("suffix", ["webp", "tif", "tiff", "bmp", "gif", "jp2", "JPEG", "ppm", "jfif"])
@@ -127,6 +127,9 @@ def test_a_tar_file_is_read_by_several_at_once_and_a_damaged_one_is_named(tmp_pa
     source = open_folder(path, None, 1)
     first, second = source.items[0][0], source.items[2][0]
     assert [np.asarray(Image.open(file)).max() for file in (second, first)] == [100, 0]
+    source.probe(1)
+    with source.items[1][0] as file:
+        assert file.read() == Path(path).read_bytes()[file.raw.start :][: file.raw.size]  # type: ignore[attr-defined]
     broken = bytearray(path.read_bytes())
     broken[path.read_bytes().index(b"IDAT", 2000)] ^= 1
     path.write_bytes(broken)

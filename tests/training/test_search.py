@@ -180,9 +180,19 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(ConfigError, match="2 processes were launched, and a run is one"):
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is '2' in the environment.*a run is one; .*`unset WORLD_SIZE`"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is '4'"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is '0'"),
+        ({"WORLD_SIZE": "nonsense", "LOCAL_RANK": "1"}, r"`unset WORLD_SIZE LOCAL_RANK`"),
+    ],
+)
+def test_what_a_launcher_sets_is_told_of_and_not_waited_for(monkeypatch, left, told):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=told):
         open_accelerator("cpu", "fp32")
 
 

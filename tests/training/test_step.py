@@ -77,6 +77,23 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_and_the_step_is_the_same(at
     assert len(notes) == {4: 1, 2: 2, 1: 3}[parts]  # once for each halving, not for each step
 
 
+def test_a_cpu_that_says_so_in_its_own_words_is_out_of_memory_too_and_other_errors_are_none():
+    model = network()
+    plain, asked = squares(model), []
+
+    def loss(x: Tensor, y: Tensor) -> Loss:
+        asked.append(len(x))
+        if len(x) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        if len(asked) > 4:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return plain(x, y)
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_(training(model, loss), 3)
+    assert asked == [7, 4, 3, 4, 3]
+
+
 def test_memory_for_not_one_image_is_an_error():
     model = network()
     with pytest.raises(ConfigError, match="test: not one image fits the memory of cpu"):

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kcrprune.errors import DataError
+from kcrprune.training.images import workers as processes
+from kcrprune.training.images.unreadable import Replaced, Replacing
 from kcrprune.training.randomness import generator, seeded
 
 Address = tuple[int, int]  # epoch, index of an image
@@ -19,13 +21,14 @@ class Batches:
 
     An epoch takes all images in an order of its own, but for those that fill no batch, and augments each by (seed,
     stage, epoch, image). So the number of processes that load changes no bit, nor does the step to begin with.
-    Iterated over, it is the first epoch.
+    Iterated over, it is the first epoch. `replaced` names the images that could not be read, so far.
     """
 
     def __init__(self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0) -> None:
         self.dataset, self.size, self.seed, self.stage, self.workers = dataset, size, seed, stage, workers
         self.images: int = len(dataset)  # type: ignore[arg-type]
         assert 0 < size <= self.images, "an epoch has at least one batch"
+        self.replaced = Replaced(self.images)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -47,14 +50,16 @@ class Batches:
             done = 0
 
     def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset = _Addressed(self.dataset, self.seed, self.stage)
-        return iter(_loader(dataset, self.workers, batch_sampler=addresses))
+        dataset = _Addressed(Replacing(self.dataset, self.seed, self.stage), self.seed, self.stage)
+        for images, labels, names in loader(dataset, self.workers, batch_sampler=addresses):
+            self.replaced.note_(names)
+            yield images, labels
 
 
 def in_order(dataset: Dataset, size: int, *, workers: int = 0) -> DataLoader:
     """Batches of a whole data set, in its order; the processes that load stay from one pass to the next."""
     workers = 0 if isinstance(dataset, IterableDataset) else workers
-    return _loader(dataset, workers, batch_size=size, persistent_workers=workers > 0)
+    return loader(dataset, workers, batch_size=size, persistent_workers=workers > 0)
 
 
 class _Addressed(Dataset):
@@ -69,17 +74,20 @@ class _Addressed(Dataset):
             return self.dataset[index]
 
 
-def _loader(dataset: Dataset, workers: int, **order: Any) -> DataLoader:
+def loader(dataset: Dataset, workers: int, **order: Any) -> DataLoader:
+    """torch's, whose errors are sentences, and which leaves the global generators alone."""
     own = torch.Generator()  # loaders seed their processes, and would draw that from torch's global state
     return _Loader(dataset, num_workers=workers, generator=own, **order)
 
 
 class _Loader(DataLoader):
-    """A loader whose workers' DataErrors arrive as they were raised, without the worker's traceback in their text."""
+    """A loader whose processes' DataErrors arrive without their traceback, and whose ends are told in a sentence."""
 
     def __iter__(self) -> Any:  # a generator, where torch hands out its own iterator
         try:
             yield from super().__iter__()
         except DataError as error:
             last_line = str(error).strip().splitlines()[-1]
-            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from None
+            raise DataError(last_line.removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")) from None
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise processes.told(error, self.num_workers) or error from None

@@ -1,31 +1,48 @@
 """From a file to an image of 8 bits a channel, or a sentence that names what cannot be one."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from kcrprune.errors import DataError
+from kcrprune.errors import ImageError
+
+T = TypeVar("T")
 
 
 def decoded(file: Any, name: str, *, pixels: bool = True) -> Image.Image:
-    """The image in an open file, which is closed; without `pixels` its header alone. DataError where there is none."""
+    """The image in an open file, which is closed; without `pixels` its header alone. ImageError where there is none."""
     with file:
-        try:
-            image = Image.open(file)
-            if pixels:
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{name} is not an image that can be read ({first_line(error)}); remove it") from error
+        image = _attempted(lambda: Image.open(file), name)
+        return whole(image, name) if pixels else image
+
+
+def whole(image: Image.Image, name: str) -> Image.Image:
+    """The image with its pixels read; ImageError where they cannot be."""
+    _attempted(image.load, name)
     return image
 
 
+def _attempted(read: Callable[[], T], name: str) -> T:
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise what they like: struct.error, EOFError, KeyError
+        raise unreadable(name, error) from error
+
+
 def require_range(image: Image.Image, name: str) -> None:
-    """DataError for pixels that do not tell which of their values are black and white."""
+    """ImageError for pixels that do not tell which of their values are black and white."""
     if image.mode in ("I", "F") and not _has_16_bits(image):
-        raise DataError(
-            f"{name} has pixels of 32 bits (mode {image.mode}), which do not tell black and white; save it with 8 or 16"
-        )
+        told = f"pixels of 32 bits (mode {image.mode}), which do not tell black and white; save it with 8 or 16"
+        raise ImageError(f"{name} has {told}", name)
+
+
+def unreadable(name: str, error: Exception) -> ImageError:
+    """The sentence about an image that cannot be read."""
+    return ImageError(f"{name} is not an image that can be read ({first_line(error)}); remove it", name)
 
 
 def in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from io import BytesIO
+from io import SEEK_CUR, SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from PIL import Image
 from timm.utils.misc import natural_key
@@ -20,12 +20,33 @@ from kcrprune.training.images.decode import first_line
 STUBS: Final = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # what Pillow recognises and cannot draw by itself
 
 
-class _Member(BytesIO):
-    """A file out of a tar file, which knows its name as other files do."""
+class _Member(RawIOBase):
+    """A file inside a tar file, of which no more is read than asked for; it knows its name as other files do."""
 
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
+    def __init__(self, archive: Path, name: str, start: int, size: int) -> None:
+        self.name, self.start, self.size, self.position = f"{archive}/{name}", start, size, 0
+        self.archive = archive.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        origin = 0 if whence == SEEK_SET else self.position if whence == SEEK_CUR else self.size
+        self.position = max(0, origin + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.archive.seek(self.start + self.position)
+        read = self.archive.readinto(memoryview(buffer)[: max(0, self.size - self.position)]) or 0
+        self.position += read
+        return read
+
+    def close(self) -> None:
+        self.archive.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -41,10 +62,7 @@ class Files:
         """The file, to be read; nothing stays open between two, so processes can share this object."""
         if self.members is None:
             return (self.root / name).open("rb")
-        offset, size = self.members[name]
-        with self.root.open("rb") as archive:
-            archive.seek(offset)
-            return _Member(archive.read(size), f"{self.root}/{name}")
+        return BufferedReader(_Member(self.root, name, *self.members[name]))
 
     @property
     def told(self) -> str | None:
@@ -64,6 +82,11 @@ def image_files(root: Path) -> Files:
         raise DataError(
             f"{root} cannot be read ({first_line(error)}); name a folder or a .tar file of images"
         ) from None
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name counts as an image."""
+    return _passed_over(name) is None
 
 
 def class_of(name: str) -> str:

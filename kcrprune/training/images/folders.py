@@ -49,9 +49,7 @@ def open_folder(root: Path, class_map: str | None, channels: int) -> Source:
     if not files.names:
         raise DataError(f"{files.told or root}: no image is there; name a folder that holds some")
     items = Labelled(files, [indices[class_of(name)] for name in files.names])
-    source = Source(items, mode_of(channels), None if "" in indices else indices, str(root), files.told)
-    source.probe()
-    return source
+    return Source(items, mode_of(channels), None if "" in indices else indices, str(root), files.told)
 
 
 def open_folders(

@@ -11,6 +11,7 @@ from torchvision import transforms
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.plan import Preprocessing
+from kcrprune.training.images.checked import require_readable
 from kcrprune.training.images.folders import (
     EVALUATION_FOLDERS,
     TRAIN_FOLDERS,
@@ -59,6 +60,9 @@ def open_images(
     if config.data is None and not config.dataset:
         return _generated_images(config, preprocessing)
     training, evaluation = _sources(config, preprocessing.input_size[0])
+    for source in (training, evaluation):
+        if source is not None and not config.dataset:
+            require_readable(len(source), source.probe, config.workers)
     labelled = config.labels and num_classes > 0 and training.labelled
     names = None if config.class_map else class_names
     if labelled:
@@ -114,6 +118,7 @@ def open_evaluation(
     split: str = "validation",
     class_map: str | None = None,
     class_names: tuple[str, ...] | None = None,
+    workers: int = 0,
 ) -> Dataset:
     """The images of one split, or of a plain folder of class folders; `num_classes` None takes any classes.
 
@@ -135,6 +140,8 @@ def open_evaluation(
         raise DataError(f"the images of {source.place} have no labels to evaluate by; give each class a folder")
     if num_classes is not None:
         source = source.for_network(num_classes, None if class_map else class_names, some=True)
+    if not dataset:
+        require_readable(len(source), source.probe, workers)
     return Pictures(source, transform, labelled=True)
 
 

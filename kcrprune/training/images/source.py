@@ -7,11 +7,10 @@ from typing import Any, Final, Self
 from PIL import Image
 
 from kcrprune.errors import DataError
-from kcrprune.training.images.decode import decoded, in_mode, require_range
+from kcrprune.training.images.decode import decoded, in_mode, require_range, unreadable, whole
 from kcrprune.training.images.labels import match_classes
 
 MODES: Final = {1: "L", 3: "RGB"}  # PIL's name of an image with so many channels
-PROBED: Final = 256  # headers that are read at once, so that a wrong file shows before anything is trained
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,16 @@ class Source:
         return tuple(str(name) for name, _ in sorted(self.class_indices.items(), key=lambda item: item[1]))
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its label, -1 without labels; DataError names a file that is not an image."""
-        item, label = self.items[index]
-        name = self._name(item, index)
-        image = item if isinstance(item, Image.Image) else decoded(item, name)
+        """The decoded image and its label, -1 without labels; ImageError names a file that is not an image."""
+        item, label, name = self._item(index)
+        image = whole(item, name) if isinstance(item, Image.Image) else decoded(item, name)
         label = int(label) if self.labelled else -1
         return in_mode(image, self.mode, name), label if self.renumbered is None else self.renumbered[label]
 
-    def probe(self) -> None:
-        """Reads the headers of a few files, evenly spread; DataError for the first that is not an image."""
-        for index in range(0, len(self), max(1, len(self) // PROBED)):
-            item = self.items[index][0]
-            name = self._name(item, index)
-            require_range(decoded(item, name, pixels=False), name)
+    def probe(self, index: int) -> None:
+        """Reads the header of a file; ImageError where it is none of an image."""
+        item, _, name = self._item(index)
+        require_range(decoded(item, name, pixels=False), name)
 
     def fits(self, count: int) -> bool:
         """True where the labels are those of a network with `count` classes."""
@@ -78,8 +74,16 @@ class Source:
         whole = step if self.renumbered is None else {first: step[last] for first, last in self.renumbered.items()}
         return replace(self, class_indices=found, renumbered=whole)
 
-    def _name(self, item: Any, index: int) -> str:
-        return getattr(item, "name", None) or f"image {index} of {self.place}"
+    def _item(self, index: int) -> tuple[Any, int, str]:
+        """Image or open file, label and name."""
+        try:
+            item, label = self.items[index]
+        except OSError as error:  # gone meanwhile, or not ours to read
+            raise unreadable(error.filename or self._name(index), error) from error
+        return item, label, getattr(item, "name", None) or self._name(index)
+
+    def _name(self, index: int) -> str:
+        return f"image {index} of {self.place}"
 
 
 def mode_of(channels: int) -> str:
