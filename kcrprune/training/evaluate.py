@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Self
 
 import torch
@@ -86,13 +87,11 @@ class _Totals:
     among_five: Tensor | int = 0
     agreeing: Tensor | int = 0
     loss: Tensor | float = 0.0
-    finite: Tensor | bool = True
 
     def add_labels_(self, logits: Tensor, labels: Tensor) -> None:
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
-        self.finite = logits.isfinite().all() & self.finite
         if len(labels) and int(labels.max()) >= self.classes:
             raise DataError(
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
@@ -103,11 +102,13 @@ class _Totals:
         self.first += ranked[:, 0].sum()
         self.among_five += ranked.sum()
         self.loss += F.cross_entropy(logits, known, ignore_index=UNLABELLED, reduction="sum").double()
+        self.loss += (0 * logits).sum()  # no finite number where one of them is none, labelled or not
 
     def result(self, *, compared: bool) -> Evaluation:
         if self.images == 0:
             raise DataError("there is no image to evaluate on; name a folder that holds some")
-        if not self.finite:
+        loss = float(self.loss)
+        if not isfinite(loss):
             raise DataError(
                 "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
             )
@@ -118,7 +119,7 @@ class _Totals:
             images=self.images,
             top1=int(self.first) / self.labelled,
             top5=int(self.among_five) / self.labelled if self.classes > 5 else None,
-            loss=float(self.loss) / self.labelled,
+            loss=loss / self.labelled,
             agreement=agreement,
         )
 
