@@ -96,7 +96,7 @@ class RunConfig(Frozen):
     hflip: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.5, description="Share of the training images to mirror."
     )
-    workers: NonNegativeInt = Field(default=2, description="Processes that load images.")
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(default=2, description="Processes that load images.")
 
     # the network
     arch: str | None = Field(default=None, description="timm name of the network, where the file does not tell.")

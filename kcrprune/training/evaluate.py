@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Self
 
 import torch
@@ -17,6 +18,7 @@ from kcrprune.method.objective import UNLABELLED
 from kcrprune.plan import Outputs
 from kcrprune.training.embeddings import NearnessTotals
 
+NOT_FINITE = "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
 STAGE = "evaluate"
 
 Predict = Callable[[Tensor], Tensor]
@@ -82,10 +84,6 @@ def evaluate(
     listener(StageEnded(STAGE, time.perf_counter() - start))
     if totals.images == 0:
         raise DataError("there is no image to evaluate on; name a folder that holds some")
-    if not totals.finite:
-        raise DataError(
-            "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
-        )
     return totals.result(compared=reference is not None)
 
 
@@ -100,13 +98,11 @@ class _Totals:
     among_five: Tensor | int = 0
     agreeing: Tensor | int = 0
     loss: Tensor | float = 0.0
-    finite: Tensor | bool = True
 
     def add_(self, logits: Tensor, labels: Tensor, others: Tensor | None) -> None:
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.classes = logits.shape[1]
-        self.finite = logits.isfinite().all() & self.finite
         if len(labels) and int(labels.max()) >= self.classes:
             raise DataError(
                 f"label {int(labels.max())} of an image is none of the network's {self.classes} classes (0 to "
@@ -117,10 +113,14 @@ class _Totals:
         self.first += ranked[:, 0].sum()
         self.among_five += ranked.sum()
         self.loss += F.cross_entropy(logits, known, ignore_index=UNLABELLED, reduction="sum").double()
+        self.loss += (0 * logits).sum()  # no finite number where one of them is none, labelled or not
         if others is not None:
             self.agreeing += _same(logits, others)
 
     def result(self, *, compared: bool) -> Evaluation:
+        loss = float(self.loss)
+        if not isfinite(loss):
+            raise DataError(NOT_FINITE)
         agreement = int(self.agreeing) / self.images if compared else None
         if self.labelled == 0:
             return Evaluation(self.images, agreement=agreement)
@@ -128,7 +128,7 @@ class _Totals:
             images=self.images,
             top1=int(self.first) / self.labelled,
             top5=int(self.among_five) / self.labelled if self.classes > 5 else None,
-            loss=float(self.loss) / self.labelled,
+            loss=loss / self.labelled,
             agreement=agreement,
         )
 
@@ -139,16 +139,17 @@ class _FeatureTotals:
 
     images: int = 0
     nearness: NearnessTotals = field(default_factory=NearnessTotals)
-    finite: Tensor | bool = True
 
     def add_(self, features: Tensor, labels: Tensor, others: Tensor | None) -> None:
         self.images += len(labels)
-        self.finite = features.isfinite().all() & self.finite
         if others is not None:
             self.nearness.add_(features, others)
 
     def result(self, *, compared: bool) -> Evaluation:
-        return Evaluation(self.images, **vars(self.nearness.result()) if compared else {})
+        figures = vars(self.nearness.result()) if compared else {}
+        if not all(isfinite(figure) for figure in figures.values() if figure is not None):
+            raise DataError(NOT_FINITE)
+        return Evaluation(self.images, **figures)
 
 
 def _logits(predict: Predict, images: Tensor) -> Tensor:

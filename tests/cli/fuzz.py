@@ -1,6 +1,6 @@
 """Random command lines by the thousand, on tiny files: each ends with a documented exit code and leaves nothing behind.
 
-`python -m tests.cli.fuzz --count 2000 --seed 0` runs them in one process; the suite runs a small part. What takes long
+`python -m tests.cli.fuzz --count 2000 --seed 0` runs them; the suite runs a small part, in one process. What takes long
 is stopped by a signal, which is an end that is looked at as well. A case depends on its number and the seed alone:
 `--first 4711 --count 1` repeats one and shows what it wrote.
 """
@@ -14,13 +14,14 @@ import random
 import resource
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -41,8 +42,9 @@ from tests.conftest import TINY
 from tests.graphs.graphs import classifier
 
 SECONDS = 1.5  # of processor time; after that a case is stopped
+STOPPED = 143  # by SIGTERM
 MEMORY = 2**31  # bytes beyond what the process takes at the start
-CODES = {0, 1, 143} | {kind.exit_code for kind in KcrPruneError.__subclasses__()}
+CODES = {0, 1, STOPPED} | {kind.exit_code for kind in KcrPruneError.__subclasses__()}
 COMMANDS = ("compress", "compress", "report", "export", "evaluate", "inspect", "inspect", "demo")
 QUICK = [
     *["--generated-images", "24", "--calibration-images", "8", "--score-images", "8", "--batch-size", "4"],
@@ -251,7 +253,7 @@ def _run(words: list[str]) -> int:
     except BaseException as error:  # noqa: BLE001, RUF100  # nothing may come out
         stopped = rings == [True] and isinstance(error, KeyboardInterrupt)  # as it ended; the program catches that
         rings.clear()
-        code = 143 if stopped else -1
+        code = STOPPED if stopped else -1
         sys.stderr.write("" if stopped else f"{type(error).__name__} came out: {error}")
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.signal(signal.SIGPROF, before)
@@ -265,7 +267,7 @@ def _wrong(words: list[str], code: int, printed: str, told: str) -> str | None:
         return f"exit code {code}"
     if "Traceback" in told or "error: unexpected" in told:
         return "not foreseen"
-    if code not in (0, 143) and (len(errors) != 1 or not told.endswith(f"{errors[0]}\n") or printed):
+    if code not in (0, STOPPED) and (len(errors) != 1 or not told.endswith(f"{errors[0]}\n") or printed):
         return "not one sentence"
     if code == 0 and "--json" in words and "--help" not in words:
         try:
@@ -312,16 +314,48 @@ def outcomes(cases: range, seed: int) -> Iterator[Outcome]:
                 yield run_case(case, seed, Path(folder))
 
 
+def _work(cases: range, seed: int) -> None:
+    """Prints outcomes as JSON, up to a bad one that what was stopped before it may have brought about."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    stopped = False
+    for outcome in outcomes(cases, seed):
+        if stopped and outcome.fault is not None:
+            return
+        stopped = stopped or outcome.code == STOPPED
+        sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+        sys.stdout.flush()
+
+
+def _supervise(cases: range, seed: int) -> Iterator[Outcome]:
+    """All outcomes: libraries that were stopped half way are not themselves, so a bad case counts in a new process."""
+    following = cases.start
+    while following < cases.stop:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.cli.fuzz", "--worker", "--first", str(following)]
+        command += ["--count", str(cases.stop - following), "--seed", str(seed)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                yield Outcome(**json.loads(line))
+                following += 1
+        if worker.returncode != 0:
+            yield Outcome(following, [], worker.returncode, 0.0, "the process died", "")
+            following += 1
+
+
 def main() -> int:
     """Runs the cases, prints a summary, and returns 1 where one ended badly."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("count", 2000), ("seed", 0), ("first", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    cases = range(options.first, options.first + options.count)
+    if options.worker:
+        _work(cases, options.seed)
+        return 0
     started, found = time.monotonic(), list[Outcome]()
-    for outcome in outcomes(range(options.first, options.first + options.count), options.seed):
+    for outcome in _supervise(cases, options.seed):
         found.append(outcome)
         if outcome.fault is not None or options.count == 1:
             line = f"case {outcome.case}: {outcome.fault}, exit {outcome.code}: {shlex.join(outcome.words)!r}\n"
@@ -330,9 +364,8 @@ def main() -> int:
             sys.stdout.flush()
     bad = sum(outcome.fault is not None for outcome in found)
     codes = ", ".join(f"{code}: {count}" for code, count in sorted(Counter(each.code for each in found).items()))
-    sys.stdout.write(
-        f"{len(found)} command lines in {time.monotonic() - started:.0f} s, by exit code {codes}; {bad} bad\n"
-    )
+    took = time.monotonic() - started
+    sys.stdout.write(f"{len(found)} command lines in {took:.0f} s, by exit code {codes}; {bad} bad\n")
     return 1 if bad else 0
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,6 +149,14 @@ def test_processes_that_die_are_told_in_one_sentence_with_the_way_out(end: Calla
         first(1, batches(Deadly(end), size=2, workers=1).from_step(0))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_no_more_processes_start_than_there_are_batches_for():
+    assert in_order(Noisy(4), 2, workers=200).num_workers == 2
+    before = len(psutil.Process().children())
+    drawn = batches(Noisy(8), workers=200).from_step(0)
+    next(drawn)
+    assert len(psutil.Process().children()) == before + 2
 
 
 def test_the_processes_that_load_stay_for_the_next_pass():

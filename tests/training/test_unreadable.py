@@ -107,6 +107,7 @@ def cut_short(path: Path) -> Path:
 @pytest.mark.parametrize("few", [0, 1000])
 def test_every_header_is_read_and_all_that_are_none_are_named(photos: Path, few: int, monkeypatch):
     monkeypatch.setattr(checked, "FEW", few)
+    monkeypatch.setattr(checked, "AT_ONCE", 16)
     for name in ("train/a/4.png", "train/b/31.png"):
         (photos / name).write_text("<html>")
     options = config(photos, workers=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import count, islice
+from math import ceil
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ class Batches:
 
     def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
         dataset = _Addressed(Replacing(self.dataset, self.seed, self.stage), self.seed, self.stage)
-        for images, labels, names in loader(dataset, self.workers, batch_sampler=addresses):
+        for images, labels, names in loader(dataset, min(self.workers, len(self)), batch_sampler=addresses):
             self.replaced.note_(names)
             yield images, labels
 
 
 def in_order(dataset: Dataset, size: int, *, workers: int = 0) -> DataLoader:
     """Batches of a whole data set, in its order; the processes that load stay from one pass to the next."""
-    workers = 0 if isinstance(dataset, IterableDataset) else workers
+    workers = 0 if isinstance(dataset, IterableDataset) else min(workers, ceil(len(dataset) / size))  # type: ignore[arg-type]
     return loader(dataset, workers, batch_size=size, persistent_workers=workers > 0)
 
 

@@ -15,7 +15,8 @@ AT_ONCE: Final = 256
 
 def require_readable(count: int, read: Callable[[int], object], workers: int) -> None:
     """DataError with the names of all of `count` images that `read`, by index, finds none in."""
-    looked = loader(_Complaints(count, read), workers if count > FEW else 0, batch_size=AT_ONCE, collate_fn=list)
+    workers = min(workers, count // AT_ONCE) if count > FEW else 0
+    looked = loader(_Complaints(count, read), workers, batch_size=AT_ONCE, collate_fn=list)
     bad = [complaint for batch in looked for complaint in batch if complaint is not None]
     if len(bad) == 1:
         raise DataError(bad[0][0])
