@@ -188,6 +188,10 @@ class RunConfig(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="Seed of everything random.")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
+    max_memory: PositiveFloat | None = Field(
+        default=None,
+        description="GiB that the refit's streams may take; beyond, they lie in files of the run. Else what is free.",
+    )
     snapshot_minutes: PositiveFloat = Field(
         default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
     )

@@ -33,6 +33,7 @@ from kcrprune.run import context, opening, saving
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.gated import add_gates_, harden_
+from kcrprune.surgery.kept import on
 from kcrprune.surgery.narrow import cut_, expand_, index_map
 from kcrprune.surgery.refit import refit_
 from kcrprune.training import recover
@@ -300,7 +301,7 @@ def test_streams_may_be_kept_elsewhere_and_the_figures_are_those_of_the_cpu(benc
         refit_(cut_(copy.deepcopy(dense), plan), dense, groups, plan, images, keep=keep, fit_block=watch)
         for dense, keep in (
             (bench.dense, None),
-            (bench.dense, torch.device("cpu")),
+            (bench.dense, on(torch.device("cpu"))),
             (bench.tiny.model(), None),
         )
     ]

@@ -25,6 +25,7 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
     "recipe": "what it stands for is in the other settings",
     "workers": "who loads the images, not which",
     "snapshot_minutes": "how much a kill may cost",
+    "max_memory": "where streams lie, not what they hold",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
 

@@ -12,12 +12,13 @@ from kcrprune.method.innovations import Innovations
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.measuring import Reference, plain_pass
+from kcrprune.run.memory import keep_streams
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.narrow import close_norms_, cut_, expand_
-from kcrprune.surgery.refit import refit_
+from kcrprune.surgery.refit import memory_of_refit, refit_
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
@@ -154,6 +155,7 @@ def refit(
             plan,
             pool.parts.calibration,
             ridge=settings.refit_ridge,
+            keep=keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration)),
             fit_block=reconstruction if settings.reconstruct_epochs > 0 else None,
             on_block=lambda done: context.listener(StepDone(stage, done)),
         )

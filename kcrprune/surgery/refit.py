@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kcrprune.families import Group, classifiers, owner_of
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
+from kcrprune.surgery.kept import Keep, on
 from kcrprune.surgery.narrow import IndexMap, index_map
 from kcrprune.surgery.normal_equations import NormalEquations, correct_
 from kcrprune.surgery.partial import (
@@ -37,9 +38,16 @@ from kcrprune.surgery.replayed import Replayed
 from kcrprune.surgery.swap import linear_at
 
 CLASSIFIER_RIDGE = 100  # times the ridge of the blocks: a classifier sees one token of an image
+STREAMS = 6  # dense and cut one, two inputs of a dense block's linears, the dense stream between its branches, a branch
 
 Streams = list[Tensor]  # the residual stream of each batch of images
 FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
+
+
+def memory_of_refit(dense: nn.Module, groups: Sequence[Group], batches: Sequence[Tensor]) -> int:
+    """Bytes of the streams that a refit holds at once: those of a ViT, and more than those of a Swin."""
+    image = batches[0][:1].to(next(dense.parameters()).device)
+    return STREAMS * input_of(dense, groups[0].block, image).nbytes * sum(map(len, batches))
 
 
 @torch.no_grad()
@@ -51,7 +59,7 @@ def refit_(
     batches: Sequence[Tensor],
     *,
     ridge: float = 1e-3,
-    keep: torch.device | None = None,
+    keep: Keep | None = None,
     fit_block: FitBlock | None = None,
     on_block: Callable[[int], None] = lambda done: None,
 ) -> nn.Module:
@@ -61,19 +69,20 @@ def refit_(
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
     block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all. Memory:
     two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
-    and for each input of its linears and each of its branches in the dense network; all on the device `keep`; None: on
-    that of the networks.
+    and for each input of its linears and each of its branches in the dense network; all where `keep` puts
+    them; None: on the device of the networks.
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
     steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
     kept = index_map(dense, groups, plan)
     rows = _rows(kept, device)
-    whole = _Pair(dense, pruned, ridge, device)
+    keep = keep or on(device)
+    whole = _Pair(dense, pruned, ridge, device, keep)
     dense_streams, cut_streams = [], []
     for images in _moved(batches, device):
-        dense_streams.append(input_of(dense, steps[0].block, images).to(keep or device))
-        cut_streams.append(input_of(pruned, steps[0].block, images).to(keep or device))
+        dense_streams.append(keep(input_of(dense, steps[0].block, images)))
+        cut_streams.append(keep(input_of(pruned, steps[0].block, images)))
     touched = {name.rpartition(".")[0] for name in kept}
     cut = False
     for done, step in enumerate(steps, start=1):
@@ -141,6 +150,7 @@ class _Pair:
     cut: nn.Module
     ridge: float
     device: torch.device
+    keep: Keep
 
     def at(self, name: str) -> "_Pair":
         """A part of both."""
@@ -154,8 +164,9 @@ class _Pair:
 
     def advance_(self, dense_streams: Streams, cut_streams: Streams) -> None:
         """Moves both streams behind the module, batch by batch in place."""
-        _advance_(self.dense, dense_streams, self.device)
-        _advance_(self.cut, cut_streams, self.device)
+        for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
+            for index, stream in enumerate(_moved(streams, self.device)):
+                streams[index] = self.keep(module(stream))
 
     def refit_entry_(self, dense_streams: Streams, cut_streams: Streams, *, cut: bool) -> None:
         """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
@@ -212,15 +223,17 @@ class _Pair:
         for index, stream in enumerate(dense_streams):
             [moved] = _moved([stream], self.device)
             seen = seen_in(self.dense, moved, linears=reading, modules=list(behind.values()), to_end=True)
-            dense_streams[index] = seen[""].to(stream.device)
+            dense_streams[index] = self.keep(seen[""])
             kept: dict[int, Tensor] = {}  # several linears may read the same tensor
             for name, of_all in found.items():
                 tensor = seen[behind.get(name, name)]
                 if name in behind or self.reads_all(name):
-                    of_all.append(kept.setdefault(id(tensor), tensor.to(stream.device)))
+                    if id(tensor) not in kept:
+                        kept[id(tensor)] = self.keep(tensor)
+                    of_all.append(kept[id(tensor)])
                 else:
                     own = linear_at(self.dense, name)
-                    of_all.append(nn.functional.linear(tensor, own.weight, own.bias).to(stream.device))
+                    of_all.append(self.keep(nn.functional.linear(tensor, own.weight, own.bias)))
         return found
 
     def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: Replayed) -> None:
@@ -272,7 +285,7 @@ def _refit_block_(
     What makes keys and values is fitted on the padding of windows too.
     """
     fits = list(fits)
-    targets, cut_in = pair.targets_(fits, dense_streams), Replayed(pair.cut, cut_streams, pair.device)
+    targets, cut_in = pair.targets_(fits, dense_streams), Replayed(pair.cut, cut_streams, pair.device, pair.keep)
     last = [fit for fit in fits if fit.before is not None and fit.behind is None]  # of a block
     for fit in [fit for fit in fits if fit not in last] + last:
         if fit.before is None:
@@ -304,8 +317,3 @@ def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
 
 def _taken(tokens: Tensor, channels: Tensor | None) -> Tensor:
     return tokens if channels is None else tokens.index_select(1, channels)
-
-
-def _advance_(module: nn.Module, streams: Streams, device: torch.device) -> None:
-    for index, stream in enumerate(streams):
-        streams[index] = module(stream.to(device, non_blocking=True)).to(stream.device)

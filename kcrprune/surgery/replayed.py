@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kcrprune.surgery.kept import Keep
 from kcrprune.surgery.partial import Replay, output_of
 from kcrprune.surgery.swap import swap_
 
@@ -15,8 +16,8 @@ class Replayed:
     Branches whose linears are all fitted run once more; after that their outputs stand in for them.
     """
 
-    def __init__(self, block: nn.Module, streams: list[Tensor], device: torch.device) -> None:
-        self.block, self.streams, self.device = block, streams, device
+    def __init__(self, block: nn.Module, streams: list[Tensor], device: torch.device, keep: Keep) -> None:
+        self.block, self.streams, self.device, self.keep = block, streams, device, keep
         self.branches: dict[str, nn.Module] = {}  # those that are replayed, by name
         self.replays: dict[str, Replay] = {}
         self.outputs: dict[str, list[Tensor]] = {}
@@ -36,8 +37,7 @@ class Replayed:
 
     def replay_(self, name: str) -> None:
         """From here on the branch `name` is not run."""
-        keep = self.streams[0].device
-        self.outputs[name] = [output_of(self.block, name, stream).to(keep) for stream in self]
+        self.outputs[name] = [self.keep(output_of(self.block, name, stream)) for stream in self]
         self.replays[name] = Replay()
         self.branches[name] = swap_(self.block, name, self.replays[name])
 
@@ -50,4 +50,4 @@ class Replayed:
     def advance_(self) -> None:
         """Moves the streams behind the block, in place."""
         for index, stream in enumerate(self):
-            self.streams[index] = self.block(stream).to(self.streams[index].device)
+            self.streams[index] = self.keep(self.block(stream))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model
@@ -261,3 +262,12 @@ def test_a_demo_that_is_stopped_goes_on(tmp_path, monkeypatch):
             pipeline.demo(tmp_path / "demo", told)
         assert told.parts == made
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"digits", "dense.safetensors", STORE}
+
+
+def test_streams_beyond_the_memory_lie_in_files_and_change_no_bit(checkpoint, finished, tmp_path):
+    told = Watch()
+    pipeline.compress(checkpoint, SHORT.model_copy(update={"max_memory": 1e-6}), tmp_path / "run", told)
+    assert any(note.startswith("the streams of the refit take 0.0 GiB: they lie in files of") for note in told.notes)
+    assert not list((tmp_path / "run" / STORE).glob("*.part"))
+    ours, theirs = (open_model(run).model.state_dict() for run in (tmp_path / "run", finished))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
