@@ -216,7 +216,7 @@ def tree(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (state.st_size if path.is_file() else 0, path.is_file() * state.st_mtime_ns) for path, state in found}
 
 
-def run_case(case: int, seed: int, folder: Path) -> Outcome:
+def run_case(case: int, seed: int, folder: Path, patience: float = SECONDS) -> Outcome:
     """Runs one command line in a folder, and puts that back."""
     words, before = command_line(random.Random(f"{seed}:{case}")), tree(folder)
     out, err = (
@@ -225,7 +225,7 @@ def run_case(case: int, seed: int, folder: Path) -> Outcome:
     )
     started = time.monotonic()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = _run(words)
+        code = _run(words, patience)
     seconds = time.monotonic() - started
     printed, told = (stream.buffer.getvalue().decode() for stream in (out, err) if not stream.flush())  # type: ignore[attr-defined]
     after = tree(folder)
@@ -235,7 +235,7 @@ def run_case(case: int, seed: int, folder: Path) -> Outcome:
     return Outcome(case, words, code, seconds, fault, told)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], patience: float) -> int:
     """The exit code, -1 where anything came out; what takes long is stopped by a signal."""
     rings = [False]  # until it has rung
 
@@ -245,7 +245,7 @@ def _run(words: list[str]) -> int:
             signal.raise_signal(signal.SIGTERM)  # a shell has its background ignore SIGINT
 
     before = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, patience)
     try:
         with signals.heeded():
             code = run(words)
@@ -305,21 +305,21 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def outcomes(cases: range, seed: int) -> Iterator[Outcome]:
+def outcomes(cases: range, seed: int, seconds: float = SECONDS) -> Iterator[Outcome]:
     """Every case in turn, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         world(Path(folder))
         with bounded():
             for case in cases:
-                yield run_case(case, seed, Path(folder))
+                yield run_case(case, seed, Path(folder), seconds)
 
 
-def _work(cases: range, seed: int) -> None:
+def _work(cases: range, seed: int, seconds: float) -> None:
     """Prints outcomes as JSON, up to a bad one that what was stopped before it may have brought about."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     stopped = False
-    for outcome in outcomes(cases, seed):
+    for outcome in outcomes(cases, seed, seconds):
         if stopped and outcome.fault is not None:
             return
         stopped = stopped or outcome.code == STOPPED
@@ -327,12 +327,12 @@ def _work(cases: range, seed: int) -> None:
         sys.stdout.flush()
 
 
-def _supervise(cases: range, seed: int) -> Iterator[Outcome]:
+def supervised(cases: range, seed: int, seconds: float = SECONDS) -> Iterator[Outcome]:
     """All outcomes: libraries that were stopped half way are not themselves, so a bad case counts in a new process."""
     following = cases.start
     while following < cases.stop:
         command = [sys.executable, "-W", "ignore", "-m", "tests.cli.fuzz", "--worker", "--first", str(following)]
-        command += ["--count", str(cases.stop - following), "--seed", str(seed)]
+        command += ["--count", str(cases.stop - following), "--seed", str(seed), "--seconds", str(seconds)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
             assert worker.stdout is not None
             for line in worker.stdout:
@@ -348,14 +348,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("count", 2000), ("seed", 0), ("first", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of processor time for a command line")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = range(options.first, options.first + options.count)
     if options.worker:
-        _work(cases, options.seed)
+        _work(cases, options.seed, options.seconds)
         return 0
     started, found = time.monotonic(), list[Outcome]()
-    for outcome in _supervise(cases, options.seed):
+    for outcome in supervised(cases, options.seed, options.seconds):
         found.append(outcome)
         if outcome.fault is not None or options.count == 1:
             line = f"case {outcome.case}: {outcome.fault}, exit {outcome.code}: {shlex.join(outcome.words)!r}\n"
