@@ -34,8 +34,10 @@ def save_program(path: Path, model: nn.Module, *, input_size: tuple[int, int, in
         node.meta.pop("stack_trace", None)  # holds this machine's paths
 
     def write(temporary: Path) -> None:
-        torch.export.save(program, temporary)
-        _compare(torch.export.load(temporary).module(), model, input_size)
+        with temporary.open("wb") as file:  # torch warns of names that do not end in .pt2
+            torch.export.save(program, file)
+        with temporary.open("rb") as file:
+            _compare(torch.export.load(file).module(), model, input_size)
 
     write_atomically(path, write)
 
