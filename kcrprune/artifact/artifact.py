@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kcrprune.atomic import taken, write_atomically
-from kcrprune.checkpoints.clues import as_size
+from kcrprune.checkpoints.clues import ASKED, as_size
 from kcrprune.checkpoints.dense import Opened, open_dense
-from kcrprune.checkpoints.loading import build_quietly, check_finite, check_outline
+from kcrprune.checkpoints.loading import build_quietly, check_finite, check_outline, fit
 from kcrprune.checkpoints.preprocessing import Flags, overridden
 from kcrprune.checkpoints.shapes import Shapes, classes_of
 from kcrprune.containers.contents import digest, read_all
@@ -27,7 +27,17 @@ from kcrprune.containers.strict_json import parse_object
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
 from kcrprune.families import outputs_of
 from kcrprune.measure.report import Recorded
-from kcrprune.plan import Architecture, ChannelPlan, Frozen, Outputs, Preprocessing, canonical_json, sides
+from kcrprune.plan import (
+    Architecture,
+    ChannelPlan,
+    Frozen,
+    Outputs,
+    Preprocessing,
+    as_sides,
+    canonical_json,
+    sides,
+    size_text,
+)
 from kcrprune.surgery.narrow import cut_
 
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
@@ -122,7 +132,8 @@ def is_artifact(path: Path) -> bool:
 def open_model(path: Path, **overrides: Any) -> Opened:
     """The network in an artifact, a run folder, or (`open_dense`) any checkpoint that somebody else wrote.
 
-    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing, and `outputs`.
+    `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing,
+    `img_size` and `outputs`.
     """
     path = Path(path)
     try:
@@ -139,7 +150,7 @@ def open_model(path: Path, **overrides: Any) -> Opened:
 def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> Opened:
     contract = _contract(path, header.metadata[KEY])
     stated = {key: value for key, value in overrides.items() if value is not None}
-    asked = stated.pop("outputs", None)
+    asked, size = stated.pop("outputs", None), as_sides(stated.pop("img_size", None))
     flags = Flags(**{key: stated.pop(key) for key in tuple(stated) if key in Flags.__dataclass_fields__})
     if stated:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(stated))
@@ -151,10 +162,11 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
     if content_hash(tensors) != contract.content_hash:
         raise CheckpointError(f"{path} is damaged: its weights are not those that were written (content hash differs)")
     check_finite(tensors, path)
+    contract, notes = _sized(contract, size, outline)
     model = build_quietly(contract.architecture)
     if contract.plan is not None:
         cut_(model, contract.plan)
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(fit(tensors, model, outline) if notes else tensors, strict=True)
     own = outputs_of(model)
     outputs = "features" if own == "features" else asked or contract.outputs or own
     return Opened(
@@ -165,11 +177,29 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
         outputs=outputs,
         class_names=contract.class_names if outputs == "classes" else None,
         layout="kcrprune artifact",
-        notes=("architecture, plan and preprocessing: written by kcrprune, content hash verified",),
+        notes=("architecture, plan and preprocessing: written by kcrprune, content hash verified", *notes),
         path=path,
         digest=digest([path]),
         record=dict(contract.record),
     )
+
+
+def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any) -> tuple[Contract, tuple[str, ...]]:
+    """The contract of the same network at another image size, without the figures of its own; and a note on that."""
+    channels, *own = contract.preprocessing.input_size
+    if size is None or sides(size) == tuple(own):
+        return contract, ()
+    patch = outline.patch_embed.patch_size
+    if any(side % step for side, step in zip(sides(size), patch, strict=True)):
+        raise ConfigError(f"--img-size {size_text(size)} is no multiple of the patch size {size_text(patch)}")
+    arguments = contract.architecture.arguments | {"img_size": size if isinstance(size, int) else list(size)}
+    changed = {
+        "architecture": contract.architecture.model_copy(update={"arguments": arguments}),
+        "preprocessing": contract.preprocessing.model_copy(update={"input_size": (channels, *sides(size))}),
+        "record": {key: value for key, value in contract.record.items() if key in ("config", "dense_digest")},
+    }
+    note = f"image size {size_text(size)} in place of {size_text(tuple(own))}: {ASKED}; tables of positions are resized"
+    return contract.model_copy(update=changed), (note,)
 
 
 def _check_use(contract: Contract, outline: Any, shapes: Shapes, path: Path) -> None:
