@@ -126,7 +126,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
     if config.data is None and not config.dataset:
         raise ConfigError("evaluate needs images: name a folder with --data, or a timm dataset with --dataset")
     if model.suffix == ".onnx":
-        graph = open_onnx(model)
+        graph = open_onnx(model, img_size=config.img_size)
         if graph.preprocessing is None:
             raise ConfigError(
                 f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"

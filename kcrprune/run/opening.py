@@ -14,7 +14,7 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.checkpoints.dense import Opened
 from kcrprune.checkpoints.loading import build_quietly
 from kcrprune.config import RunConfig
-from kcrprune.errors import BudgetError, ConfigError
+from kcrprune.errors import BudgetError, ConfigError, DataError
 from kcrprune.families import Group, contract_of
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.method.budget import Allowed, require_reachable
@@ -198,13 +198,20 @@ def fingerprint(config: RunConfig) -> str:
 
     A named dataset is taken at its word, and generated images follow from their settings.
     """
-    known: list[object] = [Path(config.class_map).read_text(encoding="utf-8")] if config.class_map else []
+    known: list[object] = [_content(config.class_map)] if config.class_map else []
     if config.data is not None and not config.dataset:
         root = Path(config.data)
         files = sorted(_pictures(root))
         sized = files[:: 1 + len(files) // SIZED]
         known += [str(file.relative_to(root)) for file in files] + [file.stat().st_size for file in sized]
     return sha256(canonical_json(known).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _content(class_map: str) -> str:
+    try:
+        return sha256(Path(class_map).read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
+        raise DataError(f"{class_map} cannot be read ({error}); name a class map that is there") from None
 
 
 def _pictures(root: Path) -> Iterator[Path]:

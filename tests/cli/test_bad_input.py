@@ -118,6 +118,11 @@ def test_a_data_folder_that_is_not_there(refused, dense):
     assert "photos" in refused("compress", dense, "--data", "photos", *QUICK, code=5)
 
 
+@pytest.mark.parametrize("name", ["missing.txt", "a\0b"])
+def test_a_class_map_that_is_not_there_though_nothing_needs_it(refused, dense, name):
+    assert "name a class map that is there" in refused("compress", dense, "--class-map", name, *QUICK, code=5)
+
+
 def test_an_unreachable_target_names_the_floor(refused, dense):
     sentence = refused("compress", dense, "--target-flops", "0.7", "--axes", "attn_value", *QUICK, code=6)
     assert "0.7" in sentence
