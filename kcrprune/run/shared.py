@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kcrprune.printable import printable
+
 
 def without_places(data: Any, paths: Iterable[str | Path | None]) -> Any:
     """Plain data in whose texts the name of each of these paths stands for the path, where that is absolute."""
     places = {place for path in paths if path for place in _absolute(Path(path))}
     for place in sorted(places, key=lambda place: len(str(place)), reverse=True):
-        data = _replaced(data, re.compile(re.escape(str(place)) + r"(?![\w.-])"), place.name)
+        data = _replaced(data, re.compile(re.escape(str(place)) + r"(?![\w.-])"), printable(place.name))
     return data
 
 

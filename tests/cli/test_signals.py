@@ -18,6 +18,16 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as 
 NAMES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
+@pytest.fixture(autouse=True)
+def unignored():
+    """Whoever runs the tests may have them ignore some: a shell in the background SIGINT, nohup SIGHUP."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {name: signal.signal(getattr(signal, name), usual[name]) for name in NAMES}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
     time.sleep(1)  # it is raised before this has ended
