@@ -186,8 +186,8 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
 
 def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any) -> tuple[Contract, tuple[str, ...]]:
     """The contract of the same network at another image size, without the figures of its own; and a note on that."""
-    channels, *own = contract.preprocessing.input_size
-    if size is None or sides(size) == tuple(own):
+    channels, height, width = contract.preprocessing.input_size
+    if size is None or sides(size) == (height, width):
         return contract, ()
     patch = outline.patch_embed.patch_size
     if any(side % step for side, step in zip(sides(size), patch, strict=True)):
@@ -198,7 +198,7 @@ def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any)
         "preprocessing": contract.preprocessing.model_copy(update={"input_size": (channels, *sides(size))}),
         "record": {key: value for key, value in contract.record.items() if key in ("config", "dense_digest")},
     }
-    note = f"image size {size_text(size)} in place of {size_text(tuple(own))}: {ASKED}; tables of positions are resized"
+    note = f"image size {size_text(size)} in place of {size_text(as_sides((height, width)))}: {ASKED}; tables of positions are resized"
     return contract.model_copy(update=changed), (note,)
 
 
