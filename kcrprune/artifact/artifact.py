@@ -198,8 +198,8 @@ def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any)
         "preprocessing": contract.preprocessing.model_copy(update={"input_size": (channels, *sides(size))}),
         "record": {key: value for key, value in contract.record.items() if key in ("config", "dense_digest")},
     }
-    note = f"image size {size_text(size)} in place of {size_text(as_sides((height, width)))}: {ASKED}; tables of positions are resized"
-    return contract.model_copy(update=changed), (note,)
+    change = f"image size {size_text(size)} in place of {size_text(as_sides((height, width)))}"
+    return contract.model_copy(update=changed), (f"{change}: {ASKED}; tables of positions are resized",)
 
 
 def _check_use(contract: Contract, outline: Any, shapes: Shapes, path: Path) -> None:
