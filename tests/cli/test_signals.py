@@ -13,6 +13,7 @@ from kcrprune.cli import signals
 from kcrprune.cli.app import run
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import StepDone
+from tests.pipeline.test_compress import image_folder, save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 NAMES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -95,3 +96,23 @@ def test_a_signal_while_the_command_line_itself_is_imported():
     assert process.returncode == 130
     assert "stopped by SIGINT" in told.splitlines()
     assert "Traceback" not in told
+
+
+def test_ctrl_c_ends_the_processes_that_load_images_as_well(tiny_vit, tmp_path):
+    """A terminal sends it to all of them at once."""
+    checkpoint = save(tiny_vit, tmp_path / "dense.safetensors")
+    command = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(tmp_path / "run")]
+    command += ["--data", str(image_folder(tmp_path / "images")), "--workers", "2", "--recover-steps", "100000"]
+    command += ["--batch-size", "8", "--target-flops", "0.8"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("recover, step"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "stopped by SIGINT"
+    assert "Traceback" not in told
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

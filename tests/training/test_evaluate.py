@@ -105,3 +105,20 @@ def test_a_listener_hears_every_batch():
     assert started == StageStarted("evaluate", 2)
     assert steps == [StepDone("evaluate", 1), StepDone("evaluate", 2)]
     assert isinstance(ended, StageEnded)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("label", [1, -1])
+def test_answers_that_are_no_finite_numbers_are_an_error_with_labels_and_without(value, label):
+    logits, labels = torch.eye(6), torch.arange(6)
+    logits[3, 2], labels[3] = value, label
+    with pytest.raises(DataError, match="the network answers what are no finite numbers"):
+        evaluate(identity, batches(logits, labels))
+
+
+def test_features_that_are_no_finite_numbers_are_an_error():
+    features = torch.randn(6, 4)
+    ruined = features.clone()
+    ruined[5, 0] = math.nan
+    with pytest.raises(DataError, match="the network answers what are no finite numbers"):
+        evaluate(lambda images: images, batches(ruined, torch.full((6,), -1)), outputs="features", reference=torch.neg)
