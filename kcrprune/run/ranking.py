@@ -143,8 +143,16 @@ def refit(
     plan: ChannelPlan,
     name: str,
 ) -> None:
-    """Corrects the linears of a cut network, in place, towards the balanced one."""
+    """Corrects the linears of a cut network, in place, towards the balanced one; goes on from a snapshot of itself."""
     stage, settings = f"refit ({name})", context.settings
+
+    def done(blocks: int) -> None:
+        context.listener(StepDone(stage, blocks))
+        context.snapshots.offer(lambda: {"refit": stage, "blocks": blocks, "weights": pruned.state_dict()})
+
+    state = context.snapshots.newest()
+    if state is not None and state["refit"] == stage:
+        pruned.load_state_dict(state["weights"])
     reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
     plain = plain_pass(context, network, pool.parts.calibration)
     with context.part(stage, len(plan.blocks), plain_pass=plain):
@@ -157,7 +165,8 @@ def refit(
             ridge=settings.refit_ridge,
             keep=keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration)),
             fit_block=reconstruction if settings.reconstruct_epochs > 0 else None,
-            on_block=lambda done: context.listener(StepDone(stage, done)),
+            on_block=done,
+            begin=0 if state is None or state["refit"] != stage else state["blocks"],
         )
 
 

@@ -62,6 +62,7 @@ def refit_(
     keep: Keep | None = None,
     fit_block: FitBlock | None = None,
     on_block: Callable[[int], None] = lambda done: None,
+    begin: int = 0,
 ) -> nn.Module:
     """Refits the linears of `pruned`, which was cut out of `dense`, towards `dense` on `batches` of images.
 
@@ -70,7 +71,7 @@ def refit_(
     block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all. Memory:
     two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
     and for each input of its linears and each of its branches in the dense network; all where `keep` puts
-    them; None: on the device of the networks.
+    them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
@@ -87,11 +88,11 @@ def refit_(
     cut = False
     for done, step in enumerate(steps, start=1):
         for name in step.entry:
-            whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut)
+            whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut and done > begin)
         pair = whole.at(step.block)
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
-        if cut:
+        if cut and done > begin:
             here = [group for group in groups if group.block == step.block]
             _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
