@@ -19,7 +19,7 @@ from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import BudgetError, CheckpointError, ConfigError, DataError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
 from kcrprune.measure.macs import count_macs
-from kcrprune.plan import ChannelPlan, Outputs, Preprocessing
+from kcrprune.plan import Axis, ChannelPlan, Outputs, Preprocessing
 from tests.conftest import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
@@ -154,10 +154,19 @@ def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("tiny", [TINY[0], TINY[10]], ids=["vit", "eva02_scaled"])
-def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("tiny", "axes"),
+    [
+        (TINY[0], ("mlp_io", "mlp_hidden", "attn_query", "attn_value")),
+        (TINY[0], ("heads", "mlp_hidden")),
+        (TINY[6], ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")),
+        (TINY[10], ("mlp_hidden", "attn_value")),
+    ],
+    ids=["vit", "vit_heads", "swin_padded", "eva02_scaled"],
+)
+def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, axes: tuple[Axis, ...], tmp_path: Path):
     dense = save(tiny, tmp_path / "dense.safetensors")
-    short = SHORT.model_copy(update={"axes": ("mlp_hidden", "attn_value"), "search_steps": 0, "recover_steps": 0})
+    short = SHORT.model_copy(update={"axes": axes, "search_steps": 0, "recover_steps": 0})
     first = pipeline.compress(dense, short.model_copy(update={"round_to": 1}), tmp_path / "first", ignore)
     on = short.model_copy(update={"target_flops": 0.7, "round_to": 1, "dtype": "float16"})
     second = pipeline.compress(first.folder, on, tmp_path / "second", ignore)
