@@ -11,15 +11,17 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from kcrprune.errors import ConfigError
 from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
+
+MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what their indices hold
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
