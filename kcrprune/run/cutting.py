@@ -91,7 +91,7 @@ def _cut(
     pruned, uncorrected = cut_(model, plan), None
     if settings.refit:
         uncorrected = measure.loss(pruned)
-        refit(context, network, pool, balanced, pruned, plan, name)
+        refit(context, network, pool, balanced, pruned, plan, name, context.snapshots)
     found = measure.loss(pruned)
     if not isfinite(found):
         context.say(f"cut ({name}): the network answers what are no finite numbers", True)

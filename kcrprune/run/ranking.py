@@ -24,6 +24,7 @@ from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import search_
+from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
 Sites = dict[str, dict[Axis, Tensor]]  # scores by site, then axis: what has a place in a file
 
@@ -142,17 +143,19 @@ def refit(
     pruned: nn.Module,
     plan: ChannelPlan,
     name: str,
+    snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> None:
     """Corrects the linears of a cut network, in place, towards the balanced one; goes on from a snapshot of itself."""
     stage, settings = f"refit ({name})", context.settings
 
     def done(blocks: int) -> None:
         context.listener(StepDone(stage, blocks))
-        context.snapshots.offer(lambda: {"refit": stage, "blocks": blocks, "weights": pruned.state_dict()})
+        snapshots.offer(lambda: {"blocks": blocks, "weights": pruned.state_dict()})
 
-    state = context.snapshots.newest()
-    if state is not None and state["refit"] == stage:
+    begin = 0
+    if (state := snapshots.newest()) is not None:
         pruned.load_state_dict(state["weights"])
+        begin = state["blocks"]
     reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
     plain = plain_pass(context, network, pool.parts.calibration)
     with context.part(stage, len(plan.blocks), plain_pass=plain):
@@ -166,7 +169,7 @@ def refit(
             keep=keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration)),
             fit_block=reconstruction if settings.reconstruct_epochs > 0 else None,
             on_block=done,
-            begin=0 if state is None or state["refit"] != stage else state["blocks"],
+            begin=begin,
         )
 
 
