@@ -33,6 +33,8 @@ def heeded() -> Iterator[None]:
     finally:
         for number in mine:
             signal.signal(number, before[number])
+        # CPython remembers an interrupt that left an `exec`, caught or not, and under `python -m` ends by SIGINT for it
+        exec("")
 
 
 def received() -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,27 @@ def test_a_signal_while_the_command_line_itself_is_imported():
     assert process.returncode == 130
     assert "stopped by SIGINT" in told.splitlines()
     assert "Traceback" not in told
+
+
+def test_an_interrupt_that_leaves_an_exec_ends_with_its_own_code_under_python_m(tmp_path):
+    (tmp_path / "stopped.py").write_text(
+        "import signal, sys\n"
+        "from kcrprune.cli import signals\n"
+        "with signals.heeded():\n"
+        "    try:\n"
+        "        exec('signal.raise_signal(signal.SIGTERM)')\n"
+        "    except KeyboardInterrupt:\n"
+        "        code = signals.told()\n"
+        "sys.exit(code)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "stopped"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+    )
+    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
 
 
 def test_ctrl_c_ends_the_processes_that_load_images_as_well(tiny_vit, tmp_path):
