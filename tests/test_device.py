@@ -41,6 +41,7 @@ from kcrprune.training.evaluate import Remembered, evaluate
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores
 from kcrprune.training.search import search_
@@ -221,7 +222,7 @@ def test_a_step_of_the_search_waits_for_nothing(bench: Bench):
         batches,
         lambda step: cycle(bench.loader()),
         feature_covariance(bench.dense, bench.batches(2)),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
     )
     require_free_steps([*steps[1:], bench.counts], up=6)  # images, labels and noise, for the weights and for the gates
@@ -237,7 +238,7 @@ def test_a_step_of_the_recovery_waits_for_nothing(bench: Bench):
         batches[0],
         bench.loader(),
         feature_covariance(bench.dense, bench.batches(2)),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
     )
     # images and labels; where held-out images are looked at, of each batch theirs and the dense logits
