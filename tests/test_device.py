@@ -54,7 +54,7 @@ STEPS, READS, RENEWS = 6, 3, 2  # of a training; figures are read every 3 steps,
 CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_every=RENEWS)
 ON_DEVICE = cast(Accelerator, SimpleNamespace(device=DEVICE, autocast=nullcontext))
 NETWORKS = [tiny for tiny in TINY if tiny.label in ("vit", "swin", "eva02_scaled")]
-OF_RENEWAL = 4  # waits: whether all is finite, two decompositions, the spectrum's way down
+OF_RENEWAL = 3  # waits: whether all is finite, two decompositions, the spectrum's way down
 
 
 @dataclass
