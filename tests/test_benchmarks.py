@@ -330,9 +330,10 @@ def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
 def test_a_gate_step_is_timed_beside_a_dense_one():
     from gated_step import row  # type: ignore[import-not-found]
 
-    name, *times, frozen, gated = row("deit", repeats=1)
-    assert (name, len(times)) == ("deit", 3)
+    name, *times, frozen, gated, recovery = row("deit", repeats=1)
+    assert (name, len(times)) == ("deit", 4)
     assert 0 < float(frozen.split()[0]) < 2 * float(gated.split()[0])
+    assert float(recovery.split()[0]) < 2
 
 
 def test_the_course_of_a_cut_is_timed_in_passes():
