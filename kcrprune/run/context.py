@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 from accelerate import Accelerator
 from pydantic import BaseModel, Field
 
+from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, Note, StageEnded, StageStarted
 from kcrprune.measure.algebra import ALGEBRA
@@ -37,6 +38,7 @@ class Record(BaseModel):
     notes: list[str] = Field(default_factory=list)
     history: dict[str, list[dict[str, int | float | None]]] = Field(default_factory=dict)  # None: no finite number
     decisions: dict[str, Any] = Field(default_factory=dict)
+    sent_bytes: int = 0  # by each of several processes, to the others
 
 
 @dataclass
@@ -51,24 +53,25 @@ class Context:
     records: dict[str, Record] = field(default_factory=lambda: {"": Record()})  # by stage; "": outside any
 
     def __post_init__(self) -> None:
-        self.device = open_accelerator(self.config.device, self.config.precision).device
+        self.device = open_accelerator(self.config.device, self.config.precision, shared=True).device
         self.settings, self.record = self.config, self.records[""]
         self.snapshots: Snapshots = NO_SNAPSHOTS  # of the stage that is being made
 
     @property
     def accelerator(self) -> Accelerator:
         """The device in the run's precision, which a stage that asks for it declares."""
-        return open_accelerator(self.settings.device, self.settings.precision)
+        return open_accelerator(self.settings.device, self.settings.precision, shared=True)
 
     @contextmanager
     def doing(self, name: str, reads: Sequence[str]) -> Iterator[Record]:
         """Gives a stage its settings and a record of its own."""
         before = self.settings, self.record
         self.settings, self.record = view(self.config, name, reads), Record()
-        self.records[name] = self.record
+        self.records[name], sent = self.record, processes.SENT.bytes
         try:
             yield self.record
         finally:
+            self.record.sent_bytes = processes.SENT.bytes - sent
             self.settings, self.record = before
 
     @contextmanager
@@ -110,9 +113,10 @@ class Context:
 
     def say_replaced(self, name: str, replaced: Replaced) -> None:
         """Names the images that could not be read: the first in a sentence, all in the run's record."""
-        if told := replaced.told(name):
+        names = [name for of_one in processes.of_all(replaced.names) for name in of_one]
+        if told := Replaced(replaced.images, names).told(name):
             self.say(told, True)
-            self.record.decisions[f"replaced images ({name})"] = replaced.names
+            self.record.decisions[f"replaced images ({name})"] = names
 
     def remember(self, training: str, history: Sequence[dict[str, float]]) -> None:
         """Takes down the course of a training, step by step."""

@@ -6,6 +6,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from kcrprune import processes
 from kcrprune.measure.report import Accuracy, KernelFigures
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.run.context import Context
@@ -32,7 +33,7 @@ class Reference(Result):
     def replayed(self, network: Network) -> Remembered:
         """The dense network, which need not run again on the evaluation images."""
         remembered = Remembered(network.dense)
-        remembered.logits = list(self.logits)
+        remembered.logits = [processes.own(batch) for batch in self.logits]
         return remembered
 
 
@@ -44,7 +45,7 @@ def measure_dense(context: Context, network: Network, pool: Pool) -> Reference:
         covariance = feature_covariance(network.dense, pool.parts.calibration)
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
     return Reference(
-        kernel=kernel, accuracy=accuracy, logits=dense.logits, products=covariance.total, images=covariance.images
+        kernel=kernel, accuracy=accuracy, logits=dense.whole(), products=covariance.total, images=covariance.images
     )
 
 

@@ -9,6 +9,7 @@ import tomli_w
 from pydantic_core import to_jsonable_python
 from torch import nn
 
+from kcrprune import processes
 from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
 from kcrprune.atomic import write_atomically
 from kcrprune.config import RunConfig
@@ -61,7 +62,25 @@ def save(
     recovery: Recovery | None,
     measured: Measured,
 ) -> Comparison:
-    """Writes the files of the run, its record last: a folder that has one is finished."""
+    """Writes the files of the run, its record last: a folder that has one is finished.
+
+    Of several processes the first writes.
+    """
+    found = processes.of_first(
+        lambda: _saved(context, network, pool, reference, cut, recovery, measured).model_dump(mode="json")
+    )
+    return Comparison.model_validate(found)
+
+
+def _saved(
+    context: Context,
+    network: Network,
+    pool: Pool,
+    reference: Reference,
+    cut: Cut,
+    recovery: Recovery | None,
+    measured: Measured,
+) -> Comparison:
     config, folder = as_used(context.settings, network), context.folder
     assert folder is not None, "a run that saves has a folder"
     with context.part("save"):
@@ -88,7 +107,7 @@ def save(
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / "log.jsonl", to_lines(told.history))
-    write_json(folder / RECORD, _record(network, config, told))
+    write_json(folder / RECORD, _record(context, network, config, told))
     return comparison
 
 
@@ -117,11 +136,13 @@ def _write_model(
     fresh.replace(folder / MODEL_FILE)
 
 
-def _record(network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
+def _record(context: Context, network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
     return machine_record() | {
         "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
         "seed": config.seed,
         "stages": {time.stage: time.seconds for time in told.times},
+        "processes": processes.count(),
+        "sent_bytes": {name: found.sent_bytes for name, found in context.records.items() if found.sent_bytes},
         "peak_memory_mib": peak_memory_mib(),
         "decisions": told.decisions,
     }

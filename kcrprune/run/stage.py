@@ -11,7 +11,7 @@ from kcrprune.errors import KcrPruneError
 from kcrprune.plan import canonical_json
 from kcrprune.run.context import Context, Record
 from kcrprune.run.snapshots import FolderSnapshots
-from kcrprune.run.store import Codec, Key, Store
+from kcrprune.run.store import Codec, Key, Store, of_first
 from kcrprune.training.snapshots import NO_SNAPSHOTS
 
 R = TypeVar("R")
@@ -86,13 +86,16 @@ def execute(
 
 
 def _made(stage: Stage[R], context: Context, found: Results, store: Store | None, key: Key) -> R:
-    """The result of a stage as everything after it sees it; a store that is full costs a warning, not the run."""
+    """The result of a stage as everything after it sees it, the first process's for all of them.
+
+    A store that is full costs a warning, not the run.
+    """
     context.snapshots = NO_SNAPSHOTS if store is None else _snapshots(context, store, key)
     with context.doing(stage.name, stage.reads) as record:
         result = stage.make(context, *(found[name] for name in stage.after))
-    if stage.kept is None:
-        return result
-    packed = stage.kept.pack(result)
+        if stage.kept is None:
+            return result
+        packed = of_first(partial(stage.kept.pack, result))
     if store is not None:
         try:
             store.keep(key, packed, record)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kcrprune import processes
 from kcrprune.errors import DataError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
 from kcrprune.method.objective import UNLABELLED
@@ -53,6 +54,10 @@ class Remembered:
         self.position += 1
         return self.logits[self.position - 1]
 
+    def whole(self) -> list[Tensor]:
+        """The logits (images, classes) of each batch, with those of the other processes' images."""
+        return processes.rows_of_all(self.logits)
+
     def rewind_(self) -> Self:
         """Back to the first batch."""
         self.position = 0
@@ -71,7 +76,7 @@ def evaluate(
     """Runs `predict` over all images; a label below 0 means that an image has none, and of features none is looked at.
 
     A torch module is put into eval mode for the time of the call, and gets the images on its own device. DataError for
-    an empty data set, and for a label that the network has no class for.
+    an empty data set, and for a label that the network has no class for. Several processes share the images.
     """
     start = time.perf_counter()
     listener(StageStarted(STAGE, _length(loader)))
@@ -81,6 +86,7 @@ def evaluate(
             output = _logits(predict, images)
             totals.add_(output, labels, None if reference is None else _logits(reference, images))
             listener(StepDone(STAGE, step))
+    totals.sum_over_processes_()
     listener(StageEnded(STAGE, time.perf_counter() - start))
     if totals.images == 0:
         raise DataError("there is no image to evaluate on; name a folder that holds some")
@@ -117,6 +123,14 @@ class _Totals:
         if others is not None:
             self.agreeing += _same(logits, others)
 
+    def sum_over_processes_(self) -> None:
+        if processes.count() == 1:
+            return
+        additive = ("images", "labelled", "first", "among_five", "agreeing", "loss")
+        mine = torch.tensor([float(getattr(self, name)) for name in additive], dtype=torch.float64)
+        for name, total in zip(additive, processes.summed(mine).tolist(), strict=True):
+            setattr(self, name, total if name == "loss" else int(total))
+
     def result(self, *, compared: bool) -> Evaluation:
         loss = float(self.loss)
         if not isfinite(loss):
@@ -144,6 +158,10 @@ class _FeatureTotals:
         self.images += len(labels)
         if others is not None:
             self.nearness.add_(features, others)
+
+    def sum_over_processes_(self) -> None:
+        self.images = sum(processes.of_all(self.images))
+        self.nearness.gather_over_processes_()
 
     def result(self, *, compared: bool) -> Evaluation:
         figures = vars(self.nearness.result()) if compared else {}

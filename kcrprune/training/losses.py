@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.method.objective import Objective
@@ -36,7 +37,7 @@ def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool, outpu
 class HeldOut:
     """Images that decide between networks: the mean task loss on them, without the kernel term.
 
-    The dense network runs over them once, however many networks are compared.
+    Several processes share them. The dense network runs over them once, however many networks are compared.
     """
 
     def __init__(self, objective: Objective, batches: DataLoader, device: torch.device) -> None:
@@ -55,4 +56,4 @@ class HeldOut:
                 loss = self.objective(model, *moved)
                 total += loss.total * len(inputs)
                 images += len(inputs)
-        return float(total) / max(1, images)
+        return float(processes.summed(total)) / max(1, sum(processes.of_all(images)))

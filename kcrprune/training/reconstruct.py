@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.errors import DivergedError
 from kcrprune.method.objective import Loss
 from kcrprune.training.randomness import generator
@@ -56,11 +57,11 @@ class Reconstruction:
 
 @torch.no_grad()
 def stream_error(block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """Sum of the squared differences of `block(before)` and `target`."""
+    """Sum of the squared differences of `block(before)` and `target`, of all processes."""
     device = next(block.parameters()).device
     moved = ([tensor.to(device, non_blocking=True) for tensor in pair] for pair in zip(before, target, strict=True))
     errors = [(block(x) - y).square().sum() for x, y in moved]
-    return float(torch.stack(errors).double().sum())
+    return float(processes.summed(torch.stack(errors).double().sum()))
 
 
 def _loss(block: nn.Module, stream: Tensor, target: Tensor) -> Loss:

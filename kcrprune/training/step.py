@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.errors import ConfigError, DivergedError, ran_out_of_memory
 from kcrprune.events import Listener, Note, StepDone, ignore
 from kcrprune.method.objective import Loss
@@ -25,7 +26,8 @@ class Training:
     """One stage that lowers a loss: its steps, and the figures that they leave in `history`.
 
     A batch that does not fit the memory is halved until it does: `loss` is asked for each part, and the parts add up to
-    the same step where it is a mean over images. What is dropped out follows from the step's address.
+    the same step where it is a mean over images; so do the parts of several processes. What is dropped out follows from
+    the step's address.
     """
 
     stage: str
@@ -48,6 +50,7 @@ class Training:
         batch = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device, non_blocking=True)
         while (loss := self._gradients_(batch)) is None:
             self._halve_(len(batch[0]))
+        loss = self._sum_over_processes_(loss, len(batch[0]))
         norm = nn.utils.clip_grad_norm_(self._learned(), self.clip_grad)
         self.optimizer.step()
         if self.schedule is not None:
@@ -101,7 +104,7 @@ class Training:
         images, learned, found = len(batch[0]), self._learned(), []
         parts = zip(*(tensor.split(self._part or images) for tensor in batch), strict=True)
         try:
-            with torch.enable_grad(), seeded(self.seed, self.stage, self.done, "dropout", self.device):
+            with torch.enable_grad(), seeded(self.seed, self.stage, self.done, _dropout(), self.device):
                 for part in parts:
                     with self.autocast():
                         loss = self.loss(*part)
@@ -114,6 +117,20 @@ class Training:
             return None
         return Loss.mean(found)
 
+    def _sum_over_processes_(self, loss: Loss, images: int) -> Loss:
+        """Makes gradient and figures those of the whole batch, of which this process has so many images."""
+        if processes.count() == 1:
+            return loss
+        gradients = [parameter.grad for parameter in self._learned() if parameter.grad is not None]
+        figures = torch.stack([loss.total, *loss.parts.values(), torch.ones_like(loss.total)]).to(gradients[0])
+        mine = torch.cat([*(gradient.flatten() for gradient in gradients), figures]) * images
+        whole = processes.summed(mine)
+        whole /= whole[-1].clone()
+        *found, figures = whole.split([*(gradient.numel() for gradient in gradients), len(figures)])
+        for gradient, flat in zip(gradients, found, strict=True):
+            gradient.copy_(flat.view_as(gradient))
+        return replace(loss, total=figures[0], parts=dict(zip(loss.parts, figures[1:-1], strict=True)))
+
     def _halve_(self, images: int) -> None:
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
@@ -124,6 +141,11 @@ class Training:
         self._part = (before + 1) // 2
         told = f"{before} images at once do not fit the memory; batches are taken in parts of {self._part}"
         self.listener(Note(f"{self.stage}: {told}"))
+
+
+def _dropout() -> str:
+    """The address of what is dropped out; each process has images of its own."""
+    return f"dropout of process {processes.rank()}" if processes.rank() else "dropout"
 
 
 def _read(rows: list[dict[str, Tensor | float]], device: torch.device) -> list[dict[str, float]]:
