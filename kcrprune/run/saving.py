@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kcrprune.run.opening import Network, Pool, as_used
 from kcrprune.run.shared import without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
+from kcrprune.training.portions import Portions
 
 
 class Measured(Result):
@@ -41,7 +43,8 @@ def measure_pruned(
     """The same figures as of the dense network, and how often the two agree."""
     model = rounded_(_final(network, cut, recovery), DTYPES[context.settings.dtype])
     with context.part("measure pruned"):
-        covariance = feature_covariance(model, pool.parts.calibration)
+        portions = Portions("measure pruned", context.device, context.listener)
+        covariance = portions.of_batches(pool.parts.calibration, partial(feature_covariance, model))
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
         accuracy = accuracy_on(context, network, pool, model, reference.replayed(network))
     counted = count_macs(model, network.opened.preprocessing.input_size)

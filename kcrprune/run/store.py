@@ -53,6 +53,11 @@ class Packed:
     tensors: dict[str, Tensor]
     data: Any
 
+    @property
+    def not_finite(self) -> str | None:
+        """The name of the first tensor that holds what is no finite number."""
+        return next((name.strip("/") for name, tensor in self.tensors.items() if not tensor.isfinite().all()), None)
+
 
 class Codec(Generic[R]):
     """Takes results of one type apart, and puts them together again."""

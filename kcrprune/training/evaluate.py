@@ -18,6 +18,7 @@ from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
 from kcrprune.method.objective import UNLABELLED
 from kcrprune.plan import Outputs
 from kcrprune.training.embeddings import NearnessTotals
+from kcrprune.training.portions import Portions
 
 NOT_FINITE = "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
 STAGE = "evaluate"
@@ -42,15 +43,16 @@ class Evaluation:
 class Remembered:
     """A network whose logits on one unshuffled set are computed in the first pass and replayed in the next ones."""
 
-    def __init__(self, network: Predict) -> None:
+    def __init__(self, network: Predict, portions: Portions | None = None) -> None:
         self.network = network
+        self.portions = portions
         self.logits: list[Tensor] = []
         self.position = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of the next batch, on the CPU."""
         if self.position == len(self.logits):
-            self.logits.append(_logits(self.network, images).cpu())
+            self.logits.append(_logits(self.network, images, self.portions).cpu())
         self.position += 1
         return self.logits[self.position - 1]
 
@@ -80,11 +82,12 @@ def evaluate(
     """
     start = time.perf_counter()
     listener(StageStarted(STAGE, _length(loader)))
+    portions = Portions(STAGE, _device(predict), listener)
     totals = _Totals() if outputs == "classes" else _FeatureTotals()
     with evaluating(predict), evaluating(reference):
         for step, (images, labels) in enumerate(loader, start=1):
-            output = _logits(predict, images)
-            totals.add_(output, labels, None if reference is None else _logits(reference, images))
+            output = _logits(predict, images, portions)
+            totals.add_(output, labels, None if reference is None else _logits(reference, images, portions))
             listener(StepDone(STAGE, step))
     totals.sum_over_processes_()
     listener(StageEnded(STAGE, time.perf_counter() - start))
@@ -170,12 +173,23 @@ class _FeatureTotals:
         return Evaluation(self.images, **figures)
 
 
-def _logits(predict: Predict, images: Tensor) -> Tensor:
-    """(batch, classes), or features (batch, ...), in float32, where the network is."""
+def _logits(predict: Predict, images: Tensor, portions: Portions | None) -> Tensor:
+    """(batch, classes), or features (batch, ...), in float32, where the network is; of a module in `portions`."""
     network: object = predict
-    if isinstance(network, nn.Module):
-        images = images.to(next(network.parameters(), images).device, non_blocking=True)
-    return predict(images).float()
+    if not isinstance(network, nn.Module):
+        return predict(images).float()
+    images = images.to(_device(predict), non_blocking=True)
+    portions = portions or Portions(STAGE, images.device)
+    return portions.of(
+        len(images), lambda at_once: torch.cat([predict(part).float() for part in images.split(at_once)])
+    )
+
+
+def _device(predict: Predict) -> torch.device:
+    """Where a network is; what is no module of torch is on the CPU."""
+    network: object = predict
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return next(parameters, torch.empty(0)).device
 
 
 def _same(logits: Tensor, others: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ class Reconstruction:
 
         The linears alone are trained. Weights that end farther from `target` than they began are put back.
         """
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        weights = [weight for linear in linears for weight in linear.parameters()]
+        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        weights = [(name, weight) for name, weight in block.named_parameters() if name.rpartition(".")[0] in linears]
         optimizer = torch.optim.Adam(weights, lr=self.lr)
         steps = self.epochs * len(before)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-        loss, device = partial(_loss, block), weights[0].device
+        loss, device = partial(_loss, block), weights[0][1].device
         training = Training(self.stage, loss, optimizer, device, self.seed, steps, schedule)
         first, start = copy.deepcopy(block.state_dict()), stream_error(block, before, target)
         try:
