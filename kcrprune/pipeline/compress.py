@@ -1,6 +1,7 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kcrprune.measure.report import Comparison
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE, Asked
+from kcrprune.run.metrics import Metrics
 from kcrprune.run.stage import Results, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
@@ -77,7 +79,9 @@ def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Com
     context.folder, store = folder, Store(folder / STORE)
     if processes.rank() == 0:
         _begin(context, folder, asked, given)
-    comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
+    metrics = Metrics(folder, context.listener, board=context.config.tensorboard)
+    with metrics if processes.rank() == 0 else nullcontext(context.listener) as context.listener:
+        comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
     store.drop_tensors()
     return comparison
 

@@ -99,8 +99,8 @@ def _made(stage: Stage[R], context: Context, found: Results, store: Store | None
         packed = of_first(partial(stage.kept.pack, result))
         if stage.finite and (name := packed.not_finite):
             raise DivergedError(
-                f"{stage.name}: {name} holds what are no finite numbers, as all that follows would; look at the images and "
-                "the weights, or try --device cpu"
+                f"{stage.name}: {name} holds what are no finite numbers, as all that follows would; look at the "
+                "images and the weights, or try --device cpu"
             )
     if store is not None:
         try:

