@@ -1,6 +1,7 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kcrprune.run.metrics import Metrics
 from kcrprune.run.stage import Results, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
+from kcrprune.training.precision import repeating
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,27 @@ class RunResult:
 
 
 def compress(
-    checkpoint: Path, config: RunConfig, out: Path | None, listener: Listener, *, fresh: bool = False
+    checkpoint: Path,
+    config: RunConfig,
+    out: Path | None,
+    listener: Listener,
+    *,
+    fresh: bool = False,
+    origins: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Compresses a checkpoint into a run folder.
 
     What can be refused is refused before there is a folder. A run that was stopped goes on where it was asked the same,
-    and one that is finished is shown again; neither with `fresh`.
+    and one that is finished is shown again; neither with `fresh`. `origins` says where settings come from.
     """
-    if out is not None and not processes.is_silent():
+    with repeating(wanted=config.deterministic):
+        return _compressed(Context(checkpoint, config, listener, origins or {}), out, fresh=fresh)
+
+
+def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult:
+    checkpoint, config = context.checkpoint, context.config
+    if out is not None and processes.rank() == 0:
         folders.require_usable(out, fresh=fresh)
-    context = Context(checkpoint, config, listener)
     given = load(context)
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
     _require_alike(asked)

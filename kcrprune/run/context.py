@@ -1,6 +1,6 @@
 """What every stage of a run is handed: its settings, and where it tells how it goes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -30,8 +30,12 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
     "workers": "who loads the images, not which",
     "snapshot_minutes": "how much a kill may cost",
     "max_memory": "where streams lie, not what they hold",
+    "deterministic": "which of several roundings is taken, not what is computed",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
+
+
+PLACES: Final = ("data", "class_map", "teacher")  # settings that say where something lies; digests say what it is
 
 
 class Record(BaseModel):
@@ -51,6 +55,7 @@ class Context:
     checkpoint: Path
     config: RunConfig
     listener: Listener
+    origins: Mapping[str, str] = field(default_factory=dict)  # of settings: flag, file or recipe
     folder: Path | None = None  # the run's own; None while it may still be refused
     seconds_an_image: float | None = None  # of a plain pass of the dense network, once that is measured
     records: dict[str, Record] = field(default_factory=lambda: {"": Record()})  # by stage; "": outside any

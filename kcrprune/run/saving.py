@@ -17,7 +17,7 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
-from kcrprune.run.context import Context, Record
+from kcrprune.run.context import ALL, FREE, PLACES, Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
 from kcrprune.run.folder import RECORD, REPORT, STORE
@@ -25,7 +25,7 @@ from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import Network, Pool, as_used
-from kcrprune.run.shared import without_places
+from kcrprune.run.shared import repeating, without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.portions import Portions
@@ -101,17 +101,18 @@ def _saved(
         after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy, dense_macs=network.cost.dense),
         cut=recovery.cut if recovery else None,
         stages=tuple(told.times),
-        settings=config.model_dump(mode="json", exclude_defaults=True),
+        settings=config.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, *PLACES}),
         notes=tuple(told.notes),
     )
-    places = (config.data, config.class_map, config.teacher, network.opened.path, folder)
-    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), places))
+    places = {path: name for name in PLACES if (path := getattr(config, name)) is not None}
+    words = {**places, network.opened.path: network.opened.path.name, folder: "run"}
+    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), words))
     write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / LOG, to_lines(told.history))
-    write_json(folder / RECORD, _record(context, network, config, told))
+    write_json(folder / RECORD, _record(context, network, pool, config, told))
     return comparison
 
 
@@ -130,7 +131,8 @@ def _write_model(
         outputs=opened.outputs,
         class_names=opened.class_names or pool.images.class_names,
         record={
-            "config": without_places(config.model_dump(mode="json"), (config.data, config.class_map, config.teacher)),
+            "config": config.model_dump(mode="json", exclude={*FREE, *PLACES}),
+            "images": pool.fingerprint,
             "dense_digest": opened.record.get("dense_digest", opened.digest),
             "dense_macs": network.cost.dense,
             "kernel": found.kernel.model_dump(mode="json"),
@@ -140,8 +142,12 @@ def _write_model(
     fresh.replace(folder / MODEL_FILE)
 
 
-def _record(context: Context, network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
-    return machine_record() | {
+def _record(context: Context, network: Network, pool: Pool, config: RunConfig, told: Record) -> dict[str, Any]:
+    assert context.folder is not None, "a run that saves has a folder"
+    return machine_record(context.device) | {
+        "command": repeating(context.checkpoint, context.config, context.folder),
+        "origins": {name: context.origins.get(name, "default") for name in ALL},
+        "images": pool.fingerprint,
         "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
         "seed": config.seed,
         "stages": {time.stage: time.seconds for time in told.times},

@@ -1,6 +1,8 @@
 """The device that a run computes on, and in which precision."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -36,6 +38,19 @@ def open_accelerator(device: str, precision: str, *, shared: bool = False) -> Ac
     with processes.joining():
         patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)
         return Accelerator(cpu=chosen == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
+
+
+@contextmanager
+def repeating(*, wanted: bool) -> Iterator[None]:
+    """Inside, torch takes algorithms alone that repeat themselves to the bit, where that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made on a GPU
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def require_one_process() -> None:
