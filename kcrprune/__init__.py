@@ -57,10 +57,11 @@ def compress(
     The same call again goes on with a run that was stopped, and returns one that is finished; `fresh` begins another.
     """
     from kcrprune import pipeline
-    from kcrprune.config import load_config
+    from kcrprune.config import load_config, origins
 
-    run = load_config(recipe, None if config is None else Path(config), settings)
-    return pipeline.compress(Path(checkpoint), run, None if out is None else Path(out), listener, fresh=fresh)
+    asked = recipe, None if config is None else Path(config), settings
+    folder, known = None if out is None else Path(out), origins(*asked)
+    return pipeline.compress(Path(checkpoint), load_config(*asked), folder, listener, fresh=fresh, origins=known)
 
 
 def load(path: AnyPath, **network: Any) -> "nn.Module":

@@ -202,6 +202,9 @@ class RunConfig(Frozen):
         default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
     )
     tensorboard: bool = Field(default=False, description="Write the training's figures for TensorBoard as well.")
+    deterministic: bool = Field(
+        default=False, description="Take algorithms alone that repeat themselves to the bit on a GPU, too; slower."
+    )
     dtype: Dtype = Field(default="float32", description="What the weights of the cut network are stored in.")
 
     @property
@@ -255,6 +258,17 @@ def load_config(
         return RunConfig.model_validate({**_recipe(chosen), **written, **flags, "recipe": chosen})
     except ValidationError as error:
         raise ConfigError(_sentence(error, file, flags)) from None
+
+
+def origins(
+    recipe: str | None = None, file: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Where `load_config` takes each setting from that is not left at its default: flag, file or recipe."""
+    flags = flags or {}
+    written = _read_toml(file) if file else {}
+    chosen = recipe or flags.get("recipe") or written.get("recipe") or "default"
+    layers = {"recipe": _recipe(chosen), "file": written, "flag": {**flags, **({"recipe": 1} if recipe else {})}}
+    return {name: layer for layer, values in layers.items() for name in values}
 
 
 def network_of(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ KcrPruneError (1)
 |-- BudgetError (6)             a target that the open axes cannot reach
 |-- PlanMismatchError (7)       a plan made for another network
 |-- ExportError (8)             an exported graph that does not compute what the model does
-`-- OutputExistsError (9)       something is already there; nothing is overwritten
+|-- OutputExistsError (9)       something is already there; nothing is overwritten
+`-- LostProcessError (10)       another process of the same run has ended
 """
 
 import re
@@ -85,6 +86,12 @@ class OutputExistsError(KcrPruneError):
     """The requested path is taken; kcrprune overwrites nothing."""
 
     exit_code = 9
+
+
+class LostProcessError(KcrPruneError):
+    """Another process of the same run has ended, or does not answer."""
+
+    exit_code = 10
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"families", "measure"},
     {"config"},
     {"plan"},
+    {"processes"},
     {"atomic"},
     {"events"},
     {"errors", "printable", "version"},

@@ -2,7 +2,7 @@ import tomllib
 
 import pytest
 
-from kcrprune.config import RECIPES, RunConfig, load_config
+from kcrprune.config import RECIPES, RunConfig, load_config, origins
 from kcrprune.errors import ConfigError
 
 
@@ -25,6 +25,16 @@ def test_a_flag_wins_over_the_file_which_wins_over_the_recipe(toml):
     assert recipe.calibration_images > RunConfig().calibration_images
     assert (written.search_steps, written.recover_steps) == (7, 8)
     assert (flagged.search_steps, flagged.recover_steps) == (7, 9)
+    known = origins("no-train", file, {"recover_steps": 9})
+    assert {
+        name: known.get(name) for name in ("calibration_images", "search_steps", "recover_steps", "recipe", "lr")
+    } == {
+        "calibration_images": "recipe",
+        "search_steps": "file",
+        "recover_steps": "flag",
+        "recipe": "flag",
+        "lr": None,
+    }
 
 
 def test_the_file_may_name_the_recipe_and_the_flag_another_one(toml):

@@ -320,7 +320,7 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """All stages, over the form in which their results are kept, which lies on the CPU."""
     monkeypatch.setitem(READ_EVERY, DEVICE.type, READ_EVERY["cuda"])
     monkeypatch.setattr(innovations_module, "ROUNDS", 8)
-    monkeypatch.setattr(context, "open_accelerator", lambda *_: ON_DEVICE)
+    monkeypatch.setattr(context, "open_accelerator", lambda *_, **__: ON_DEVICE)
     for stage in (opening, saving):  # a tracer needs tensors that are really there
         monkeypatch.setattr(stage, "count_macs", lambda model, size: count_macs(copy.deepcopy(model).cpu(), size))
     config = SHORT.model_copy(update={"search_steps": 2, "recover_steps": 2, "axes": CONFIG.axes})

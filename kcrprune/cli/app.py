@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
+from kcrprune import processes
 from kcrprune.cli import commands, render, signals, streams
 from kcrprune.cli.options import GroupedCommand, OnnxCommand, flag
 from kcrprune.config import RENAMED
@@ -104,6 +105,8 @@ def _usage(error: typer.TyperException) -> str:
 
 
 def _fail(error: Exception, sentence: str, code: int) -> int:
+    if not processes.may_tell_failure():
+        return code
     if os.environ.get("KCRPRUNE_TRACEBACK"):
         render.failure("".join(traceback.format_exception(error)).rstrip())
     render.failure(f"error: {' '.join(sentence.split())}")

@@ -23,7 +23,7 @@ from kcrprune.cli.options import (
     RunArg,
     takes_settings,
 )
-from kcrprune.config import NETWORK, load_config
+from kcrprune.config import NETWORK, load_config, origins
 from kcrprune.errors import ConfigError
 
 
@@ -47,7 +47,8 @@ def compress(
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
-        result = pipeline.compress(checkpoint, settings, out, listener, fresh=fresh)
+        known = origins(file=config, flags=given)
+        result = pipeline.compress(checkpoint, settings, out, listener, fresh=fresh, origins=known)
     render.run(result, as_json=as_json)
 
 

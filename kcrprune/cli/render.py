@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kcrprune import processes
 from kcrprune.cli import signals
 from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
 from kcrprune.cli.streams import Output, Unheard
@@ -35,7 +36,13 @@ WIDE = 10_000  # columns of a pipe or a file, where nothing needs to wrap
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Listener]:
-    """A listener that shows a running job: live in a terminal, as lines elsewhere, warnings only if quiet."""
+    """A listener that shows a running job: live in a terminal, as lines elsewhere, warnings only if quiet.
+
+    Of several processes the first shows it.
+    """
+    if processes.is_silent():
+        yield lambda _: signals.raise_again()
+        return
     console = _console(Unheard(sys.stderr))
     kind = QuietProgress if quiet else LiveProgress if console.is_interactive else PlainProgress
 
@@ -49,7 +56,9 @@ def progress(*, quiet: bool) -> Iterator[Listener]:
 
 
 def run(result: "RunResult", *, as_json: bool = False) -> None:
-    """Before and after of a run, and where it lies."""
+    """Before and after of a run, and where it lies, once."""
+    if processes.is_silent():
+        return
     if as_json:
         _json(result)
         return

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from kcrprune import processes
 from kcrprune.cli.streams import Unheard
 
 ENDING: Final = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -45,7 +46,8 @@ def received() -> bool:
 def told() -> int:
     """Says which signal ended the command; returns 128 and its number, as shells report it."""
     number = _received[0] if _received else signal.SIGINT
-    Unheard(sys.stderr).write(f"stopped by {signal.Signals(number).name}\n")
+    if processes.may_tell_failure():
+        Unheard(sys.stderr).write(f"stopped by {signal.Signals(number).name}\n")
     return 128 + number
 
 

@@ -4,7 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from kcrprune import processes
 
 
 @dataclass
@@ -24,13 +26,12 @@ class Sums:
         A collective call: all processes make it, and all end with the same sums, bit for bit. What was summed once
         must not be summed again.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if processes.count() == 1:
             return self
-        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # NCCL sums on GPUs alone
         every = self._fields()
+        device = next(iter(each.device for each in every.values() if isinstance(each, Tensor)))
         parts = [torch.as_tensor(value, dtype=torch.float64, device=device).flatten() for value in every.values()]
-        total = torch.cat(parts)  # counts are exact in it up to 2^53
-        distributed.all_reduce(total)
+        total = processes.summed(torch.cat(parts))  # counts are exact in it up to 2^53
         for (name, mine), part in zip(every.items(), total.split([len(part) for part in parts]), strict=True):
             setattr(self, name, part.view(mine.shape).to(mine) if isinstance(mine, Tensor) else int(part))
         return self

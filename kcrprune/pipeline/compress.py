@@ -1,12 +1,16 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from kcrprune import processes
 from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.atomic import require_room
 from kcrprune.config import RunConfig
+from kcrprune.errors import ConfigError
 from kcrprune.events import Listener
 from kcrprune.measure.macs import count_parameters
 from kcrprune.measure.report import Comparison
@@ -17,6 +21,7 @@ from kcrprune.run.metrics import Metrics
 from kcrprune.run.stage import Results, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
+from kcrprune.training.precision import repeating
 
 
 @dataclass(frozen=True)
@@ -28,25 +33,37 @@ class RunResult:
 
 
 def compress(
-    checkpoint: Path, config: RunConfig, out: Path | None, listener: Listener, *, fresh: bool = False
+    checkpoint: Path,
+    config: RunConfig,
+    out: Path | None,
+    listener: Listener,
+    *,
+    fresh: bool = False,
+    origins: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Compresses a checkpoint into a run folder.
 
     What can be refused is refused before there is a folder. A run that was stopped goes on where it was asked the same,
-    and one that is finished is shown again; neither with `fresh`.
+    and one that is finished is shown again; neither with `fresh`. `origins` says where settings come from.
     """
-    if out is not None:
+    with repeating(wanted=config.deterministic):
+        return _compressed(Context(checkpoint, config, listener, origins or {}), out, fresh=fresh)
+
+
+def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult:
+    checkpoint, config = context.checkpoint, context.config
+    if out is not None and processes.rank() == 0:
         folders.require_usable(out, fresh=fresh)
-    context = Context(checkpoint, config, listener)
     given = load(context)
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
+    _require_alike(asked)
     named = checkpoint.resolve()
     stem = os.fsencode(named.name if named.is_dir() else named.stem).decode("utf-8", "replace")
     name = f"{stem}-{config.target_flops:g}"
-    with folders.taken(folders.candidates(out, name, asked, fresh=fresh)) as folder:
-        if folders.finished(folder):
+    with processes.entered_by_first(folders.taken(folders.candidates(out, name, asked, fresh=fresh))) as folder:
+        if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
-            return RunResult(folder, folders.comparison(folder))
+            return RunResult(folder, _shown(folder))
         return RunResult(folder, _finish(context, folder, asked, given))
 
 
@@ -56,15 +73,37 @@ def load(context: Context) -> Results:
         return execute(REFUSALS, context, wanted=("open", "images"))
 
 
+def _shown(folder: Path) -> Comparison:
+    """Before and after of a finished run, which the first of several processes reads."""
+    return Comparison.model_validate(processes.of_first(lambda: folders.comparison(folder).model_dump(mode="json")))
+
+
+def _require_alike(asked: Asked) -> None:
+    """ConfigError where one of several processes was asked something else than the first, or sees other files."""
+    first, *others = [Asked.model_validate(each) for each in processes.of_all(asked.model_dump(mode="json"))]
+    for number, other in enumerate(others, start=1):
+        if strange := first.differences(other):
+            raise ConfigError(
+                f"process {number} differs from process 0 in {', '.join(strange)}; give all the same command and files"
+            )
+
+
 def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Comparison:
+    context.folder, store = folder, Store(folder / STORE)
+    if processes.rank() == 0:
+        _begin(context, folder, asked, given)
+    metrics = Metrics(folder, context.listener, board=context.config.tensorboard)
+    with metrics if processes.rank() == 0 else nullcontext(context.listener) as context.listener:
+        comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
+    store.drop_tensors()
+    return comparison
+
+
+def _begin(context: Context, folder: Path, asked: Asked, given: Results) -> None:
+    """Looks whether there is room, tells what has changed, and writes down what is asked."""
     if not (folder / MODEL_FILE).is_file():  # it costs too much to find that out in the end
         require_room(folder / MODEL_FILE, 4 * count_parameters(given["open"].dense))
     before = Asked.read(folder)
     if before is not None and (changed := before.differences(asked)):
         context.tell(f"changed since the run was stopped: {', '.join(changed)}; what depends on it is made again")
     asked.write(folder)
-    context.folder, store = folder, Store(folder / STORE)
-    with Metrics(folder, context.listener, board=context.config.tensorboard) as context.listener:
-        comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
-    store.drop_tensors()
-    return comparison

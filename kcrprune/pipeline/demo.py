@@ -22,6 +22,7 @@ from kcrprune.pipeline.verbs import export
 from kcrprune.plan import Architecture, Preprocessing
 from kcrprune.run import folder as folders
 from kcrprune.run.folder import Asked
+from kcrprune.training.precision import require_one_process
 from kcrprune.training.randomness import seeded
 
 ASKED: Final = Asked(checkpoint="the demo", images="digits", settings={})
@@ -51,6 +52,7 @@ def demo(out: Path | None, listener: Listener) -> tuple[RunResult, ExportResult]
 
     A demo that was stopped goes on where it was.
     """
+    require_one_process()
     with folders.taken(folders.candidates(out, "demo-0.5", ASKED, fresh=False)) as folder:
         ASKED.write(folder)
         if not (folder / "digits").exists():

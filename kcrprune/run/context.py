@@ -1,6 +1,6 @@
 """What every stage of a run is handed: its settings, and where it tells how it goes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 from accelerate import Accelerator
 from pydantic import BaseModel, Field
 
+from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.events import Listener, Note, StageEnded, StageStarted
 from kcrprune.measure.algebra import ALGEBRA
@@ -29,8 +30,12 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
     "workers": "who loads the images, not which",
     "snapshot_minutes": "how much a kill may cost",
     "max_memory": "where streams lie, not what they hold",
+    "deterministic": "which of several roundings is taken, not what is computed",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
+
+
+PLACES: Final = ("data", "class_map", "teacher")  # settings that say where something lies; digests say what it is
 
 
 class Record(BaseModel):
@@ -40,6 +45,7 @@ class Record(BaseModel):
     notes: list[str] = Field(default_factory=list)
     history: dict[str, list[dict[str, int | float | None]]] = Field(default_factory=dict)  # None: no finite number
     decisions: dict[str, Any] = Field(default_factory=dict)
+    sent_bytes: int = 0  # by each of several processes, to the others
 
 
 @dataclass
@@ -49,12 +55,13 @@ class Context:
     checkpoint: Path
     config: RunConfig
     listener: Listener
+    origins: Mapping[str, str] = field(default_factory=dict)  # of settings: flag, file or recipe
     folder: Path | None = None  # the run's own; None while it may still be refused
     seconds_an_image: float | None = None  # of a plain pass of the dense network, once that is measured
     records: dict[str, Record] = field(default_factory=lambda: {"": Record()})  # by stage; "": outside any
 
     def __post_init__(self) -> None:
-        self.device = open_accelerator(self.config.device, self.config.precision).device
+        self.device = open_accelerator(self.config.device, self.config.precision, shared=True).device
         self.started = monotonic()
         self.settings, self.record = self.config, self.records[""]
         self.snapshots: Snapshots = NO_SNAPSHOTS  # of the stage that is being made
@@ -62,17 +69,18 @@ class Context:
     @property
     def accelerator(self) -> Accelerator:
         """The device in the run's precision, which a stage that asks for it declares."""
-        return open_accelerator(self.settings.device, self.settings.precision)
+        return open_accelerator(self.settings.device, self.settings.precision, shared=True)
 
     @contextmanager
     def doing(self, name: str, reads: Sequence[str]) -> Iterator[Record]:
         """Gives a stage its settings and a record of its own."""
         before = self.settings, self.record
         self.settings, self.record = view(self.config, name, reads), Record()
-        self.records[name] = self.record
+        self.records[name], sent = self.record, processes.SENT.bytes
         try:
             yield self.record
         finally:
+            self.record.sent_bytes = processes.SENT.bytes - sent
             self.settings, self.record = before
 
     @contextmanager
@@ -114,9 +122,10 @@ class Context:
 
     def say_replaced(self, name: str, replaced: Replaced) -> None:
         """Names the images that could not be read: the first in a sentence, all in the run's record."""
-        if told := replaced.told(name):
+        names = [name for of_one in processes.of_all(replaced.names) for name in of_one]
+        if told := Replaced(replaced.images, names).told(name):
             self.say(told, True)
-            self.record.decisions[f"replaced images ({name})"] = replaced.names
+            self.record.decisions[f"replaced images ({name})"] = names
 
     def say_waited(self, stage: str, waited: float) -> None:
         """Tells where loading images took much of a stage that has just ended."""

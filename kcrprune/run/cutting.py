@@ -86,7 +86,7 @@ def _cut(
     distance = make_objective(
         settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.opened.outputs
     )
-    measure = HeldOut(distance, pool.parts.held_out, context.device)
+    measure = HeldOut(distance, pool.parts.held_out, context.device, context.listener)
     plan = solve(allowed(context, network), scores, settings.target_flops, network.opened.architecture.name)
     require_certificate(network.dense, network.groups, plan, pool.parts.calibration[0][:1].to(context.device))
     pruned, uncorrected = cut_(model, plan), None

@@ -3,6 +3,7 @@
 from time import monotonic
 from typing import Final
 
+from kcrprune import processes
 from kcrprune.run.context import Context
 from kcrprune.training.pace import Pace
 
@@ -21,7 +22,7 @@ def pace_of(context: Context, stage: str, steps: int) -> Pace:
         of_search = steps * (2 if settings.search_weight_lr > 0 else 1)
         asked = of_search + context.config.recover_steps  # that a search does not declare: it acts on the clock alone
         until = now + left * of_search / asked
-    return Pace(steps, until)
+    return Pace(steps, processes.of_first(lambda: until))
 
 
 def say_early(context: Context, stage: str, pace: Pace, done: int) -> None:

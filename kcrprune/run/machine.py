@@ -2,20 +2,24 @@
 
 import os
 import platform
-import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from kcrprune.graphs import runtime
 from kcrprune.version import __version__
 
-LIBRARIES = ("torch", "timm", "torchvision", "safetensors", "fvcore", "onnx", "accelerate", "numpy")
+LIBRARIES: Final = ("torch", "timm", "torchvision", "safetensors", "fvcore", "onnx", "accelerate", "numpy")
+HEEDED: Final = (  # variables that change how fast or how exactly is computed, or where
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "TIMM_FUSED_ATTN"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "NCCL_ALGO", "NCCL_PROTO", "KCRPRUNE_TRACEBACK"),
+)
 
 
-def machine_record() -> dict[str, Any]:
-    """The machine and the versions that a run used."""
+def machine_record(device: torch.device) -> dict[str, Any]:
+    """The machine, the versions, the flags and the variables that a run used."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "kcrprune": __version__,
@@ -25,8 +29,15 @@ def machine_record() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": devices,
+        "device": str(device),
         "libraries": {name: version(name) for name in LIBRARIES} | runtime.installed(),
-        "command": " ".join(["kcrprune", *sys.argv[1:]]),
+        "flags": {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+            "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        },
+        "environment": {name: os.environ[name] for name in HEEDED if name in os.environ},
     }
 
 

@@ -1,11 +1,13 @@
 """The stage that measures the dense network, and how any network of a run is measured."""
 
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.measure.report import Accuracy, KernelFigures
 from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.run.context import Context
@@ -14,6 +16,7 @@ from kcrprune.run.opening import Network, Pool
 from kcrprune.run.store import Result
 from kcrprune.training.evaluate import Predict, Remembered, evaluate
 from kcrprune.training.features import feature_covariance
+from kcrprune.training.portions import Portions
 
 
 class Reference(Result):
@@ -32,19 +35,20 @@ class Reference(Result):
     def replayed(self, network: Network) -> Remembered:
         """The dense network, which need not run again on the evaluation images."""
         remembered = Remembered(network.dense)
-        remembered.logits = list(self.logits)
+        remembered.logits = [processes.own(batch) for batch in self.logits]
         return remembered
 
 
 def measure_dense(context: Context, network: Network, pool: Pool) -> Reference:
     """What the pruned network will be compared with."""
     with context.part("measure dense"):
-        dense = Remembered(network.dense)
+        portions = Portions("measure dense", context.device, context.listener)
+        dense = Remembered(network.dense, portions)
         accuracy = accuracy_on(context, network, pool, dense)  # first: an image that cannot be read ends the run
-        covariance = feature_covariance(network.dense, pool.parts.calibration)
+        covariance = portions.of_batches(pool.parts.calibration, partial(feature_covariance, network.dense))
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
     return Reference(
-        kernel=kernel, accuracy=accuracy, logits=dense.logits, products=covariance.total, images=covariance.images
+        kernel=kernel, accuracy=accuracy, logits=dense.whole(), products=covariance.total, images=covariance.images
     )
 
 
@@ -63,11 +67,16 @@ def plain_pass(context: Context, network: Network, batches: Sequence[Tensor]) ->
     """How long a forward pass of the dense network over batches of images takes, in seconds, by the first of them."""
     seconds = context.seconds_an_image
     if seconds is None:
-        batch = batches[0].to(context.device, non_blocking=True)
-        times = []
-        for _ in range(2):  # the first one warms up
-            start = perf_counter()
-            network.dense(batch).sum().item()  # a GPU is waited for
-            times.append(perf_counter() - start)
-        seconds = context.seconds_an_image = times[-1] / len(batch)
+        portions = Portions("load", context.device)
+        seconds = context.seconds_an_image = portions.of(len(batches[0]), partial(_seconds, network.dense, batches[0]))
     return seconds * sum(map(len, batches))
+
+
+def _seconds(model: nn.Module, batch: Tensor, at_once: int) -> float:
+    """How long a pass takes for an image of a batch, of which so many are taken."""
+    images, times = batch[:at_once].to(next(model.parameters()).device, non_blocking=True), []
+    for _ in range(2):  # the first one warms up
+        start = perf_counter()
+        model(images).sum().item()  # a GPU is waited for
+        times.append(perf_counter() - start)
+    return times[-1] / at_once

@@ -1,6 +1,7 @@
 """The stages before the cut: balance, scores, a budget that tightens, and the search."""
 
 import copy
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from kcrprune.surgery.gated import add_gates_, remove_gates_
 from kcrprune.surgery.narrow import close_norms_, cut_, expand_
 from kcrprune.surgery.refit import memory_of_refit, refit_
 from kcrprune.training.innovations import innovations_of
+from kcrprune.training.portions import Portions
 from kcrprune.training.randomness import generator
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
@@ -75,7 +77,8 @@ def balance(context: Context, network: Network, pool: Pool) -> Weights | None:
         return None
     model = network.with_weights(None)
     with context.part("balance", plain_pass=plain_pass(context, network, pool.parts.calibration)):
-        balance_(model, network.groups, pool.parts.calibration)
+        portions = Portions("balance", context.device, context.listener)
+        portions.of_batches(pool.parts.calibration, partial(balance_, model, network.groups))
     return model.state_dict()
 
 
@@ -90,8 +93,11 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
     plain = plain_pass(context, network, scoring)
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
-            innovations = innovations_of(
-                model, opened, scoring, generator(settings.seed, "order", 0, "labels"), network.opened.outputs
+            innovations = Portions("order", context.device, context.listener).of_batches(
+                scoring,
+                lambda batches: innovations_of(
+                    model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.opened.outputs
+                ),
             )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
     with context.part("score", plain_pass=plain):
@@ -114,8 +120,12 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
         return random_scores(gates, network.cost, generator(settings.seed, "score", 0, "scores"))
     if settings.ranked_by == "equal":
         return equal_scores(gates, network.cost)
-    drawn = generator(settings.seed, "score", 0, "labels")
-    return fisher_scores(model, gates, scoring, drawn, network.opened.outputs)
+    return Portions("score", context.device, context.listener).of_batches(
+        scoring,
+        lambda batches: fisher_scores(
+            model, gates, batches, generator(settings.seed, "score", 0, "labels"), network.opened.outputs
+        ),
+    )
 
 
 def tighten(
@@ -153,25 +163,28 @@ def refit(
         context.listener(StepDone(stage, blocks))
         snapshots.offer(lambda: {"blocks": blocks, "weights": pruned.state_dict()})
 
-    begin = 0
-    if (state := snapshots.newest()) is not None:
-        pruned.load_state_dict(state["weights"])
-        begin = state["blocks"]
+    first = snapshots.newest() or {"blocks": 0, "weights": copy.deepcopy(pruned.state_dict())}
     reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
     plain = plain_pass(context, network, pool.parts.calibration)
-    with context.part(stage, len(plan.blocks), plain_pass=plain):
+    keep = keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration))
+
+    def fit(batches: list[Tensor]) -> None:
+        pruned.load_state_dict(first["weights"])
         refit_(
             pruned,
             network.with_weights(balanced),
             network.groups,
             plan,
-            pool.parts.calibration,
+            batches,
             ridge=settings.refit_ridge,
-            keep=keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration)),
+            keep=keep,
             fit_block=reconstruction if settings.reconstruct_epochs > 0 else None,
             on_block=done,
-            begin=begin,
+            begin=first["blocks"],
         )
+
+    with context.part(stage, len(plan.blocks), plain_pass=plain):
+        Portions(stage, context.device, context.listener).of_batches(pool.parts.calibration, fit)
 
 
 def search(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import tomli_w
 from pydantic_core import to_jsonable_python
 from torch import nn
 
+from kcrprune import processes
 from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
 from kcrprune.atomic import write_atomically
 from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
-from kcrprune.run.context import Context, Record
+from kcrprune.run.context import ALL, FREE, PLACES, Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
 from kcrprune.run.folder import RECORD, REPORT, STORE
@@ -23,9 +25,10 @@ from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import Network, Pool, as_used
-from kcrprune.run.shared import without_places
+from kcrprune.run.shared import repeating, without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
+from kcrprune.training.portions import Portions
 
 
 class Measured(Result):
@@ -41,7 +44,8 @@ def measure_pruned(
     """The same figures as of the dense network, and how often the two agree."""
     model = rounded_(_final(network, cut, recovery), DTYPES[context.settings.dtype])
     with context.part("measure pruned"):
-        covariance = feature_covariance(model, pool.parts.calibration)
+        portions = Portions("measure pruned", context.device, context.listener)
+        covariance = portions.of_batches(pool.parts.calibration, partial(feature_covariance, model))
         kernel = kernel_figures(covariance, context.settings.kernel_rank)
         accuracy = accuracy_on(context, network, pool, model, reference.replayed(network))
     counted = count_macs(model, network.opened.preprocessing.input_size)
@@ -62,7 +66,25 @@ def save(
     recovery: Recovery | None,
     measured: Measured,
 ) -> Comparison:
-    """Writes the files of the run, its record last: a folder that has one is finished."""
+    """Writes the files of the run, its record last: a folder that has one is finished.
+
+    Of several processes the first writes.
+    """
+    found = processes.of_first(
+        lambda: _saved(context, network, pool, reference, cut, recovery, measured).model_dump(mode="json")
+    )
+    return Comparison.model_validate(found)
+
+
+def _saved(
+    context: Context,
+    network: Network,
+    pool: Pool,
+    reference: Reference,
+    cut: Cut,
+    recovery: Recovery | None,
+    measured: Measured,
+) -> Comparison:
     config, folder = as_used(context.settings, network), context.folder
     assert folder is not None, "a run that saves has a folder"
     with context.part("save"):
@@ -79,17 +101,18 @@ def save(
         after=report_of(after, kernel=measured.kernel, accuracy=measured.accuracy, dense_macs=network.cost.dense),
         cut=recovery.cut if recovery else None,
         stages=tuple(told.times),
-        settings=config.model_dump(mode="json", exclude_defaults=True),
+        settings=config.model_dump(mode="json", exclude_defaults=True, exclude={*FREE, *PLACES}),
         notes=tuple(told.notes),
     )
-    places = (config.data, config.class_map, config.teacher, network.opened.path, folder)
-    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), places))
+    places = {path: name for name in PLACES if (path := getattr(config, name)) is not None}
+    words = {**places, network.opened.path: network.opened.path.name, folder: "run"}
+    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), words))
     write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / LOG, to_lines(told.history))
-    write_json(folder / RECORD, _record(network, config, told))
+    write_json(folder / RECORD, _record(context, network, pool, config, told))
     return comparison
 
 
@@ -108,7 +131,8 @@ def _write_model(
         outputs=opened.outputs,
         class_names=opened.class_names or pool.images.class_names,
         record={
-            "config": without_places(config.model_dump(mode="json"), (config.data, config.class_map, config.teacher)),
+            "config": config.model_dump(mode="json", exclude={*FREE, *PLACES}),
+            "images": pool.fingerprint,
             "dense_digest": opened.record.get("dense_digest", opened.digest),
             "dense_macs": network.cost.dense,
             "kernel": found.kernel.model_dump(mode="json"),
@@ -118,11 +142,17 @@ def _write_model(
     fresh.replace(folder / MODEL_FILE)
 
 
-def _record(network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
-    return machine_record() | {
+def _record(context: Context, network: Network, pool: Pool, config: RunConfig, told: Record) -> dict[str, Any]:
+    assert context.folder is not None, "a run that saves has a folder"
+    return machine_record(context.device) | {
+        "command": repeating(context.checkpoint, context.config, context.folder),
+        "origins": {name: context.origins.get(name, "default") for name in ALL},
+        "images": pool.fingerprint,
         "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
         "seed": config.seed,
         "stages": {time.stage: time.seconds for time in told.times},
+        "processes": processes.count(),
+        "sent_bytes": {name: found.sent_bytes for name, found in context.records.items() if found.sent_bytes},
         "peak_memory_mib": peak_memory_mib(),
         "decisions": told.decisions,
     }

@@ -1,4 +1,7 @@
-"""Snapshots of a stage as folders of the run's store: the newest two, until the stage is whole."""
+"""Snapshots of a stage as folders of the run's store: the newest two, until the stage is whole.
+
+Of several processes the first writes them; all go on from the same.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -7,8 +10,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
+from kcrprune import processes
 from kcrprune.errors import KcrPruneError
-from kcrprune.run.store import Codec, read_packed, write_packed
+from kcrprune.run.store import Codec, of_first, read_packed, write_packed
 
 NEWEST: Final = 2
 CODEC: Final = Codec[dict[str, Any]](dict[str, Any])
@@ -25,15 +29,15 @@ class FolderSnapshots:
 
     def newest(self) -> dict[str, Any] | None:
         """The last whole one."""
-        numbers = self._numbers()
-        if not numbers:
+        newest = processes.of_first(lambda: self._numbers()[-1:])
+        if not newest:
             return None
         self.tell("goes on from a snapshot that was kept before", False)
-        return CODEC.unpack(read_packed(self.folder / str(numbers[-1])))
+        return CODEC.unpack(of_first(lambda: read_packed(self.folder / str(newest[0]))))
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Keeps a state where one is due; a disk that is full costs a warning, and the one before stays."""
-        if monotonic() - self.written < self.seconds:
+        if processes.rank() > 0 or monotonic() - self.written < self.seconds:
             return
         numbers = self._numbers()
         try:

@@ -7,11 +7,11 @@ from hashlib import sha256
 from typing import Any, Generic, TypeVar
 
 from kcrprune.config import RunConfig
-from kcrprune.errors import KcrPruneError
+from kcrprune.errors import DivergedError, KcrPruneError
 from kcrprune.plan import canonical_json
 from kcrprune.run.context import Context, Record
 from kcrprune.run.snapshots import FolderSnapshots
-from kcrprune.run.store import Codec, Key, Store
+from kcrprune.run.store import Codec, Key, Store, of_first
 from kcrprune.training.snapshots import NO_SNAPSHOTS
 
 R = TypeVar("R")
@@ -26,6 +26,7 @@ class Stage(Generic[R]):
     after: tuple[str, ...]  # stages whose results it takes
     make: Callable[..., R]
     kept: Codec[R] | None = None  # how the result becomes files; None: it is made each time
+    finite: bool = True  # whether what is no finite number in its result ends the run; else the result tells it itself
     version: int = 1  # raised when the same settings give another result
     fingerprint: Callable[[R], str] | None = None  # of what it reads from outside, a file or images
 
@@ -86,13 +87,21 @@ def execute(
 
 
 def _made(stage: Stage[R], context: Context, found: Results, store: Store | None, key: Key) -> R:
-    """The result of a stage as everything after it sees it; a store that is full costs a warning, not the run."""
+    """The result of a stage as everything after it sees it, the first process's for all of them.
+
+    A store that is full costs a warning, not the run.
+    """
     context.snapshots = NO_SNAPSHOTS if store is None else _snapshots(context, store, key)
     with context.doing(stage.name, stage.reads) as record:
         result = stage.make(context, *(found[name] for name in stage.after))
-    if stage.kept is None:
-        return result
-    packed = stage.kept.pack(result)
+        if stage.kept is None:
+            return result
+        packed = of_first(partial(stage.kept.pack, result))
+        if stage.finite and (name := packed.not_finite):
+            raise DivergedError(
+                f"{stage.name}: {name} holds what are no finite numbers, as all that follows would; look at the "
+                "images and the weights, or try --device cpu"
+            )
     if store is not None:
         try:
             store.keep(key, packed, record)

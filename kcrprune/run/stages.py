@@ -94,6 +94,7 @@ CUT_SEARCHED: Final = Stage(
     after=("open", "images", "balance", "tighten", "search"),
     make=cutting.cut_searched,
     kept=Codec(cutting.Cut | None),
+    finite=False,
 )
 CUT_SCORED: Final = Stage(
     name="cut-scored",
@@ -101,6 +102,7 @@ CUT_SCORED: Final = Stage(
     after=("open", "images", "balance", "score", "tighten"),
     make=cutting.cut_scored,
     kept=Codec(cutting.Cut | None),
+    finite=False,
 )
 CHOOSE: Final = Stage(
     name="choose",

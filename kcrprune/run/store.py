@@ -1,11 +1,12 @@
 """Results of stages as files: tensors as safetensors, the rest as JSON, each stage in a folder that is whole or absent.
 
-STORE/NAME-DIGEST/ holds `data.json`, `tensors.safetensors` and `record.json`. Nothing is pickled.
+STORE/NAME-DIGEST/ holds `data.json`, `tensors.safetensors` and `record.json`. Nothing is pickled. Of several processes
+the first reads and writes; the others get from it what it has.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format
 
+from kcrprune import processes
 from kcrprune.atomic import make_folder_atomically
 from kcrprune.errors import KcrPruneError
 from kcrprune.run.context import Record
@@ -51,6 +53,11 @@ class Packed:
     tensors: dict[str, Tensor]
     data: Any
 
+    @property
+    def not_finite(self) -> str | None:
+        """The name of the first tensor that holds what is no finite number."""
+        return next((name.strip("/") for name, tensor in self.tensors.items() if not tensor.isfinite().all()), None)
+
 
 class Codec(Generic[R]):
     """Takes results of one type apart, and puts them together again."""
@@ -76,19 +83,21 @@ class Store:
 
     def has(self, key: Key) -> bool:
         """Whether the whole result is here."""
-        return all((self.folder / str(key) / name).is_file() for name in (DATA, TENSORS, RECORD))
+        folder = self.folder / str(key)
+        return processes.of_first(lambda: all((folder / name).is_file() for name in (DATA, TENSORS, RECORD)))
 
     def record(self, key: Key) -> Record:
         """What a stage told."""
-        return Record.model_validate(self._json(key, RECORD))
+        return Record.model_validate(processes.of_first(lambda: self._json(key, RECORD)))
 
     def result(self, key: Key, codec: Codec[R]) -> R:
         """What a stage gave."""
-        return codec.unpack(read_packed(self.folder / str(key)))
+        return codec.unpack(of_first(lambda: read_packed(self.folder / str(key))))
 
     def keep(self, key: Key, packed: Packed, record: Record) -> None:
         """Writes a result; KcrPruneError where the disk does not take it, and then nothing of it is here."""
-        write_packed(self.folder / str(key), packed, {RECORD: record.model_dump()})
+        if processes.rank() == 0:
+            write_packed(self.folder / str(key), packed, {RECORD: record.model_dump()})
 
     def snapshots(self, key: Key) -> Path:
         """The folder for those of a stage that is not whole yet."""
@@ -96,17 +105,24 @@ class Store:
 
     def drop_snapshots(self, key: Key | str = "*") -> None:
         """Removes those of a stage that is whole now, or all."""
-        for folder in self.folder.glob(f"{key}{SNAPSHOTS}"):
+        for folder in self.folder.glob(f"{key}{SNAPSHOTS}") if processes.rank() == 0 else ():
             shutil.rmtree(folder, ignore_errors=True)
 
     def drop_tensors(self) -> None:
         """Removes what is large, for a run whose network is saved; what was told and decided stays."""
         self.drop_snapshots()
-        for tensors in self.folder.glob(f"*/{TENSORS}"):
+        for tensors in self.folder.glob(f"*/{TENSORS}") if processes.rank() == 0 else ():
             tensors.unlink()
 
     def _json(self, key: Key, name: str) -> Any:
         return json.loads((self.folder / str(key) / name).read_text(encoding="utf-8"))
+
+
+def of_first(make: Callable[[], Packed]) -> Packed:
+    """What `make` gives to the first of several processes; the others do not call it."""
+    made = make() if processes.rank() == 0 else None
+    tensors = processes.tensors_of_first(lambda: made.tensors if made else {})
+    return Packed(tensors, processes.of_first(lambda: made and made.data))
 
 
 def read_packed(folder: Path) -> Packed:

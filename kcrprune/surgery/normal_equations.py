@@ -61,7 +61,8 @@ class NormalEquations(Sums):
 
 @ALGEBRA.running()
 def correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
-    """Moves weight and bias of a linear to the solution."""
+    """Moves weight and bias of a linear to the solution, of the sums of all processes."""
+    sums.sum_over_processes_()
     change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
     linear.weight.add_(change[:, :-1].to(linear.weight))
     if linear.bias is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kcrprune import processes
 from kcrprune.errors import DataError
 from kcrprune.method.objective import relative_distances
 
@@ -47,6 +48,15 @@ class NearnessTotals:
         self.cosine += (own * others).sum(1).double().sum()
         self.own.append(own)
         self.others.append(others)
+
+    def gather_over_processes_(self) -> None:
+        """Takes in what the other processes have seen of their own images."""
+        if processes.count() == 1:
+            return
+        self.own, self.others = (processes.rows_of_all(each) for each in (self.own, self.others))
+        self.distance, self.cosine = (
+            processes.summed(torch.as_tensor(each, dtype=torch.float64)) for each in (self.distance, self.cosine)
+        )
 
     def result(self) -> Nearness:
         """The figures; the neighbours take n^2 d multiplications for each network."""

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kcrprune import processes
 from kcrprune.errors import DataError
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone, ignore
 from kcrprune.method.objective import UNLABELLED
 from kcrprune.plan import Outputs
 from kcrprune.training.embeddings import NearnessTotals
+from kcrprune.training.portions import Portions
 
 NOT_FINITE = "the network answers what are no finite numbers: its weights or the images hold nan or infinite values"
 STAGE = "evaluate"
@@ -41,17 +43,22 @@ class Evaluation:
 class Remembered:
     """A network whose logits on one unshuffled set are computed in the first pass and replayed in the next ones."""
 
-    def __init__(self, network: Predict) -> None:
+    def __init__(self, network: Predict, portions: Portions | None = None) -> None:
         self.network = network
+        self.portions = portions
         self.logits: list[Tensor] = []
         self.position = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of the next batch, on the CPU."""
         if self.position == len(self.logits):
-            self.logits.append(_logits(self.network, images).cpu())
+            self.logits.append(_logits(self.network, images, self.portions).cpu())
         self.position += 1
         return self.logits[self.position - 1]
+
+    def whole(self) -> list[Tensor]:
+        """The logits (images, classes) of each batch, with those of the other processes' images."""
+        return processes.rows_of_all(self.logits)
 
     def rewind_(self) -> Self:
         """Back to the first batch."""
@@ -71,16 +78,18 @@ def evaluate(
     """Runs `predict` over all images; a label below 0 means that an image has none, and of features none is looked at.
 
     A torch module is put into eval mode for the time of the call, and gets the images on its own device. DataError for
-    an empty data set, and for a label that the network has no class for.
+    an empty data set, and for a label that the network has no class for. Several processes share the images.
     """
     start = time.perf_counter()
     listener(StageStarted(STAGE, _length(loader)))
+    portions = Portions(STAGE, _device(predict), listener)
     totals = _Totals() if outputs == "classes" else _FeatureTotals()
     with evaluating(predict), evaluating(reference):
         for step, (images, labels) in enumerate(loader, start=1):
-            output = _logits(predict, images)
-            totals.add_(output, labels, None if reference is None else _logits(reference, images))
+            output = _logits(predict, images, portions)
+            totals.add_(output, labels, None if reference is None else _logits(reference, images, portions))
             listener(StepDone(STAGE, step))
+    totals.sum_over_processes_()
     listener(StageEnded(STAGE, time.perf_counter() - start))
     if totals.images == 0:
         raise DataError("there is no image to evaluate on; name a folder that holds some")
@@ -117,6 +126,14 @@ class _Totals:
         if others is not None:
             self.agreeing += _same(logits, others)
 
+    def sum_over_processes_(self) -> None:
+        if processes.count() == 1:
+            return
+        additive = ("images", "labelled", "first", "among_five", "agreeing", "loss")
+        mine = torch.tensor([float(getattr(self, name)) for name in additive], dtype=torch.float64)
+        for name, total in zip(additive, processes.summed(mine).tolist(), strict=True):
+            setattr(self, name, total if name == "loss" else int(total))
+
     def result(self, *, compared: bool) -> Evaluation:
         loss = float(self.loss)
         if not isfinite(loss):
@@ -145,6 +162,10 @@ class _FeatureTotals:
         if others is not None:
             self.nearness.add_(features, others)
 
+    def sum_over_processes_(self) -> None:
+        self.images = sum(processes.of_all(self.images))
+        self.nearness.gather_over_processes_()
+
     def result(self, *, compared: bool) -> Evaluation:
         figures = vars(self.nearness.result()) if compared else {}
         if not all(isfinite(figure) for figure in figures.values() if figure is not None):
@@ -152,12 +173,23 @@ class _FeatureTotals:
         return Evaluation(self.images, **figures)
 
 
-def _logits(predict: Predict, images: Tensor) -> Tensor:
-    """(batch, classes), or features (batch, ...), in float32, where the network is."""
+def _logits(predict: Predict, images: Tensor, portions: Portions | None) -> Tensor:
+    """(batch, classes), or features (batch, ...), in float32, where the network is; of a module in `portions`."""
     network: object = predict
-    if isinstance(network, nn.Module):
-        images = images.to(next(network.parameters(), images).device, non_blocking=True)
-    return predict(images).float()
+    if not isinstance(network, nn.Module):
+        return predict(images).float()
+    images = images.to(_device(predict), non_blocking=True)
+    portions = portions or Portions(STAGE, images.device)
+    return portions.of(
+        len(images), lambda at_once: torch.cat([predict(part).float() for part in images.split(at_once)])
+    )
+
+
+def _device(predict: Predict) -> torch.device:
+    """Where a network is; what is no module of torch is on the CPU."""
+    network: object = predict
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return next(parameters, torch.empty(0)).device
 
 
 def _same(logits: Tensor, others: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ def feature_covariance(
             covariance = covariance or Covariance.empty(features.shape[1], features.device)
             covariance.add_(features)
     assert covariance is not None, "no images"
+    covariance.sum_over_processes_()
     if not covariance.finite:
         raise DataError(
             f"the network's features of {covariance.images} images are not finite numbers: its weights or the images "
             "hold nan or infinite values, or its training diverged (lower lr)"
         )
-    return covariance.sum_over_processes_()
+    return covariance
 
 
 class KernelWatch:

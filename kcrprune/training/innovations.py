@@ -3,13 +3,14 @@
 Letters: I inputs, O outputs of a linear, n tokens of a batch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.families import Group
 from kcrprune.families.observed import watching
 from kcrprune.measure.algebra import ALGEBRA
@@ -18,7 +19,7 @@ from kcrprune.method.sums import Sums, gram
 from kcrprune.plan import PER_HEAD, Outputs
 from kcrprune.surgery.partial import RealTokens, real_tokens
 from kcrprune.surgery.swap import linear_at
-from kcrprune.training.scores import sampled_loss
+from kcrprune.training.scores import sampled_loss, with_noise
 
 
 @dataclass
@@ -29,6 +30,12 @@ class LinearSums(Sums):
     products: Tensor  # (I, I)
     gradients: Tensor  # (O, O)
     tokens: int = 0
+
+    def move_(self, way: Tensor) -> None:
+        """Makes them those of inputs with `way` (I,) added to each."""
+        crossed = torch.outer(self.inputs, way)
+        self.products += crossed + crossed.T + self.tokens * torch.outer(way, way)
+        self.inputs += self.tokens * way
 
 
 class LinearMoments:
@@ -63,6 +70,16 @@ class LinearMoments:
         """Takes in the gradient (..., O) at the output."""
         flat = gradient.flatten(0, -2)
         self.sums.gradients += gram(flat)
+
+    def sum_over_processes_(self) -> None:
+        """Takes in what the other processes have seen, all from the first one's origin."""
+        assert self.origin is not None, "no images"
+        if processes.count() == 1:
+            return
+        first = processes.summed(self.origin if processes.rank() == 0 else torch.zeros_like(self.origin))
+        self.sums.move_(self.origin.double() - first.double())
+        self.origin = first
+        self.sums.sum_over_processes_()
 
     def mean_and_covariance(self, *, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Of the inputs, (I,) and (I, I); not centred: the mean is zero, and second moments are in its place."""
@@ -111,6 +128,7 @@ def innovations_of(
     found = {}
     for name, group in wanted.items():
         linear, sums = linear_at(model, name), moments.pop(name)
+        sums.sum_over_processes_()
         # without a bias nothing can make up for the mean of an input that goes
         mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
         with ALGEBRA.running():
@@ -122,14 +140,14 @@ def innovations_of(
 def _gather_(
     model: nn.Module,
     moments: Mapping[str, LinearMoments],
-    batches: Iterable[Tensor],
+    batches: Sequence[Tensor],
     generator: torch.Generator,
     outputs: Outputs | None,
 ) -> None:
     device = next(model.parameters()).device
     with watching(model, {name: sums.see_inputs for name, sums in moments.items()}):
-        for batch in batches:
-            loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator, outputs)
+        for batch, noise in with_noise(batches, generator):
+            loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), noise, outputs)
             seen = [sums.output for sums in moments.values() if sums.output is not None]
             for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, seen), strict=True):
                 sums.see_gradient(gradient)

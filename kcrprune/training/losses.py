@@ -1,16 +1,21 @@
 """What a run minimises, and the loss on held-out images that it decides by."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
+from kcrprune.events import Listener, ignore
 from kcrprune.method.objective import Objective
 from kcrprune.plan import Outputs
 from kcrprune.training.evaluate import Remembered, evaluating
+from kcrprune.training.portions import Portions
 
 
 def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool, outputs: Outputs | None = None) -> Objective:
@@ -36,12 +41,15 @@ def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool, outpu
 class HeldOut:
     """Images that decide between networks: the mean task loss on them, without the kernel term.
 
-    The dense network runs over them once, however many networks are compared.
+    Several processes share them. The dense network runs over them once, however many networks are compared.
     """
 
-    def __init__(self, objective: Objective, batches: DataLoader, device: torch.device) -> None:
-        self.dense = Remembered(objective.dense)
-        self.objective = replace(objective, dense=self.dense, basis=None)
+    def __init__(
+        self, objective: Objective, batches: DataLoader, device: torch.device, listener: Listener = ignore
+    ) -> None:
+        self.portions = Portions("held-out images", device, listener)
+        self.dense, self.wanted = Remembered(objective.dense, self.portions), _Rows()
+        self.objective = replace(objective, dense=self.wanted, basis=None)
         self.batches, self.device = batches, device
 
     @torch.no_grad()
@@ -51,8 +59,28 @@ class HeldOut:
         total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with evaluating(model):
             for inputs, labels in self.batches:
-                moved = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels))
-                loss = self.objective(model, *moved)
-                total += loss.total * len(inputs)
+                batch = [tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels)]
+                wanted = self.dense(batch[0]) if self.objective.use_dense else None
+                total += self.portions.of(len(inputs), partial(self._total, model, batch, wanted))
                 images += len(inputs)
-        return float(total) / max(1, images)
+        return float(processes.summed(total)) / max(1, sum(processes.of_all(images)))
+
+    def _total(self, model: nn.Module, batch: Sequence[Tensor], wanted: Tensor | None, at_once: int) -> Tensor:
+        """The loss of a batch times its images, of parts of so many."""
+        if wanted is not None:
+            self.wanted.show_(wanted)
+        parts = zip(*(tensor.split(at_once) for tensor in batch), strict=True)
+        return torch.stack([self.objective(model, *part).total * len(part[0]) for part in parts]).double().sum()
+
+
+class _Rows:
+    """What a network answered to a batch, for those who ask for parts of it, in order."""
+
+    def show_(self, answer: Tensor) -> None:
+        """From here on parts of this one, from its first row."""
+        self.answer, self.position = answer, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The next rows, as many as there are images."""
+        self.position += len(images)
+        return self.answer[self.position - len(images) : self.position]

@@ -3,11 +3,14 @@
 from math import inf
 from time import monotonic
 
+from kcrprune import processes
+
 
 class Pace:
     """Where a training of `steps` steps is in its course; it ends early where `until` (of the monotonic clock) comes.
 
-    A training that the clock will end goes through its course, rates and temperatures, as fast as the clock does.
+    A training that the clock will end goes through its course, rates and temperatures, as fast as the clock does; that
+    of several processes goes by the clock of the first.
     """
 
     def __init__(self, steps: int, until: float = inf) -> None:
@@ -16,7 +19,7 @@ class Pace:
 
     def start_(self, done: int) -> None:
         """Begins behind some steps, now."""
-        self.first, self.started = done, monotonic()
+        self.first, self.started = done, self._now()
         self.move_(done)
 
     def move_(self, done: int) -> None:
@@ -24,8 +27,11 @@ class Pace:
         self.at: float = done
         if self.until < inf:
             left = self.until - self.started
-            passed = (monotonic() - self.started) / left if left > 0 else 1
+            passed = (self._now() - self.started) / left if left > 0 else 1
             self.at = min(self.steps, max(done, self.first + (self.steps - self.first) * passed))
+
+    def _now(self) -> float:
+        return processes.of_first(monotonic) if self.until < inf else 0.0
 
     @property
     def ended(self) -> bool:

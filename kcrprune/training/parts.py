@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.training.images.batches import Batches, in_order
@@ -62,7 +63,7 @@ def divide(images: Images, config: RunConfig) -> Parts:
 def told_of_few(parts: Parts, config: RunConfig) -> Iterator[str]:
     """What the images did not suffice for, a sentence each."""
     for name, batches in (("calibration_images", parts.calibration), ("score_images", parts.scoring)):
-        wanted, found = getattr(config, name), sum(map(len, batches))
+        wanted, found = getattr(config, name), sum(processes.of_all(sum(map(len, batches))))
         if found < wanted:
             yield f"{name}: {wanted:,} are asked for, and there are {found:,}"
 
@@ -87,4 +88,9 @@ def _size(dataset: Dataset, config: RunConfig) -> int:
     size = min(config.batch_size, len(dataset))  # type: ignore[arg-type]
     if size == 0:
         raise DataError("too few images: search, calibration and held-out part each need at least one")
+    if size < (count := processes.count()):
+        raise DataError(
+            f"{count} processes cannot share batches of {size} images: start fewer, or give more images and a larger "
+            "--batch-size"
+        )
     return size

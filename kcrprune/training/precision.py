@@ -1,23 +1,31 @@
 """The device that a run computes on, and in which precision."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
+from kcrprune import processes
 from kcrprune.errors import ConfigError
 
 SIZES: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers set
 
 
-def open_accelerator(device: str, precision: str) -> Accelerator:
+def open_accelerator(device: str, precision: str, *, shared: bool = False) -> Accelerator:
     """Accelerator on the asked device; `auto` is a GPU where there is one, in bf16, else the CPU in fp32.
 
-    ConfigError names a device that this machine lacks.
+    What is `shared` by the processes that a launcher has started joins them, each with a GPU of its own; anything else
+    is one process. ConfigError names a device that this machine lacks.
     """
-    _require_one_process()
+    if not (shared and processes.launched()):
+        require_one_process()
+    elif device.startswith("cuda:"):
+        raise ConfigError(f"device {device!r} is one GPU, and several processes have one each; use auto, cuda or cpu")
     chosen = _available_device(device)
     if precision == "auto":
         precision = "bf16" if chosen.startswith("cuda") else "fp32"
@@ -26,21 +34,38 @@ def open_accelerator(device: str, precision: str) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
     else:
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    return Accelerator(cpu=chosen == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    mixed = "no" if precision == "fp32" else precision
+    with processes.joining():
+        patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)
+        return Accelerator(cpu=chosen == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
 
 
-def _require_one_process() -> None:
-    """ConfigError where a launcher has started several processes, or its variables are left over: all would be awaited.
+@contextmanager
+def repeating(*, wanted: bool) -> Iterator[None]:
+    """Inside, torch takes algorithms alone that repeat themselves to the bit, where that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made on a GPU
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
-    Nothing shares the images out yet, so sums would count them twice.
+
+def require_one_process() -> None:
+    """ConfigError where a launcher has started several processes, or its variables are left over.
+
+    Where they are not all there, the others would be awaited in vain; and what is no run is not shared out.
     """
     left = [name for name in SIZES if os.environ.get(name, "1") != "1"]
     if os.environ.get("LOCAL_RANK", "-1") != "-1" and os.environ.get("WORLD_SIZE") != "1":
         left.append("LOCAL_RANK")
     if left:
         raise ConfigError(
-            f"{left[0]} is {os.environ[left[0]]!r} in the environment, as where several processes are launched, and a "
-            f"run is one; start it without a launcher (`unset {' '.join(left)}`)"
+            f"{left[0]} is {os.environ[left[0]]!r} in the environment, as where several processes are launched, which "
+            "`compress` takes from torchrun and accelerate alone; start this without a launcher "
+            f"(`unset {' '.join(left)}`)"
         )
 
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.errors import DivergedError
 from kcrprune.method.objective import Loss
 from kcrprune.training.pace import Pace
@@ -34,12 +35,12 @@ class Reconstruction:
 
         The linears alone are trained. Weights that end farther from `target` than they began are put back.
         """
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        weights = [weight for linear in linears for weight in linear.parameters()]
+        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        weights = [(name, weight) for name, weight in block.named_parameters() if name.rpartition(".")[0] in linears]
         optimizer = torch.optim.Adam(weights, lr=self.lr)
         pace = Pace(self.epochs * len(before))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=pace.steps)
-        loss, device = partial(_loss, block), weights[0].device
+        loss, device = partial(_loss, block), weights[0][1].device
         training = Training(self.stage, loss, optimizer, device, self.seed, pace, schedule)
         first, start = copy.deepcopy(block.state_dict()), stream_error(block, before, target)
         try:
@@ -57,11 +58,11 @@ class Reconstruction:
 
 @torch.no_grad()
 def stream_error(block: nn.Module, before: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """Sum of the squared differences of `block(before)` and `target`."""
+    """Sum of the squared differences of `block(before)` and `target`, of all processes."""
     device = next(block.parameters()).device
     moved = ([tensor.to(device, non_blocking=True) for tensor in pair] for pair in zip(before, target, strict=True))
     errors = [(block(x) - y).square().sum() for x, y in moved]
-    return float(torch.stack(errors).double().sum())
+    return float(processes.summed(torch.stack(errors).double().sum()))
 
 
 def _loss(block: nn.Module, stream: Tensor, target: Tensor) -> Loss:

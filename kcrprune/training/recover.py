@@ -72,7 +72,7 @@ def recover_(
     """
     training = _training(model, objective, config, accelerator, pace, listener)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    measure, stopped = HeldOut(objective, held_out, accelerator.device), None
+    measure, stopped = HeldOut(objective, held_out, accelerator.device, listener), None
     if (state := snapshots.newest()) is not None:
         model.load_state_dict(state["weights"])
         training.load_(state["training"])
@@ -133,7 +133,7 @@ def _rate(step: float, steps: int, warmup: int) -> float:
 def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; biases, norms, tokens and tables do not, as in timm."""
     exempt = getattr(model, "no_weight_decay", set)()
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and name not in exempt and "table" not in name].append(parameter)
+        groups[parameter.ndim > 1 and name not in exempt and "table" not in name].append((name, parameter))
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]

@@ -3,13 +3,14 @@
 Letters: B images of a batch, n gates, y labels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kcrprune import processes
 from kcrprune.families import Group, Slot, outputs_of
 from kcrprune.method.budget import Scores
 from kcrprune.method.cost import MacCost
@@ -29,7 +30,7 @@ class SquaredGradients(Sums):
 def fisher_scores(
     model: nn.Module,
     gates: Gates,
-    batches: Iterable[Tensor],
+    batches: Sequence[Tensor],
     generator: torch.Generator,
     outputs: Outputs | None = None,
 ) -> Scores:
@@ -42,9 +43,9 @@ def fisher_scores(
     """
     device = next(model.parameters()).device
     squares = SquaredGradients(torch.zeros_like(gates.logits, dtype=torch.float64))
-    for batch in batches:
+    for batch, noise in with_noise(batches, generator):
         gates.open_per_image_(len(batch))
-        loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), generator, outputs)
+        loss = sampled_loss(model, model(batch.to(device, non_blocking=True)).float(), noise, outputs)
         [gradient] = torch.autograd.grad(loss, [gates.value])  # (B, n)
         squares.total += gradient.square().sum(0)
         squares.images += len(batch)
@@ -53,9 +54,27 @@ def fisher_scores(
     return _scores(gates, squares.total / (2 * max(1, squares.images)))
 
 
-def sampled_loss(
-    model: nn.Module, output: Tensor, generator: torch.Generator, outputs: Outputs | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class Noise:
+    """What is drawn for a batch: of several processes each draws for all images and takes the rows of its own."""
+
+    generator: torch.Generator
+    first: int = 0  # place in the batch of the first image that is at hand
+    images: int | None = None  # of the batch; None: those at hand
+
+    def like(self, output: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows for an output (images at hand, ...), of what `draw` fills a tensor for the whole batch with."""
+        whole = draw(torch.empty(self.images or len(output), *output.shape[1:]))
+        return whole[self.first : self.first + len(output)]
+
+
+def with_noise(batches: Sequence[Tensor], generator: torch.Generator) -> Iterator[tuple[Tensor, Noise]]:
+    """Batches, each with what is drawn for it; what one process draws for an image, several draw."""
+    for batch, (first, images) in zip(batches, processes.places([len(batch) for batch in batches]), strict=True):
+        yield batch, Noise(generator, first, images)
+
+
+def sampled_loss(model: nn.Module, output: Tensor, noise: Noise, outputs: Outputs | None = None) -> Tensor:
     """Cross-entropy, summed over a batch, of `output` (batch, classes) with labels drawn from that very output.
 
     The squares of its gradients are the true Fisher information. Of features (batch, ...): their product with a
@@ -63,9 +82,11 @@ def sampled_loss(
     model's last layer says.
     """
     if (outputs or outputs_of(model)) == "features":
-        noise = torch.randn(output.shape, generator=generator).to(output, non_blocking=True)
-        return (output * noise).sum()
-    drawn = torch.multinomial(output.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+        direction = noise.like(output, lambda empty: empty.normal_(generator=noise.generator))
+        return (output * direction.to(output, non_blocking=True)).sum()
+    # the least of exponential variates over their rates is a rate's own with the probability of its share
+    waiting = noise.like(output, lambda empty: empty.exponential_(generator=noise.generator))
+    drawn = (output.detach().softmax(1).cpu() / waiting).argmax(1)
     return F.cross_entropy(output, drawn.to(output.device, non_blocking=True), reduction="sum")
 
 

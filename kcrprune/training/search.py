@@ -101,9 +101,12 @@ def search_(
         listener=listener,
     )
     sampled = _Sampled(model, gates, objective, config, pace)
-    adamw = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
-    of_gates = training("search", partial(sampled.loss, "gates"), torch.optim.Adam([gates.logits], lr=config.search_lr))
+    adamw = torch.optim.AdamW(
+        list(model.named_parameters()), lr=config.search_weight_lr, weight_decay=config.weight_decay
+    )
+    adam = torch.optim.Adam([("gates", gates.logits)], lr=config.search_lr)
     of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
+    of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     learned, parts = [gates.logits, *weights], {"gates": of_gates, "weights": of_weights, "watch": watch}
     _restore_(learned, parts, snapshots.newest())

@@ -60,7 +60,7 @@ class FakePipeline(ModuleType):
             raise self.fails_with
         return result
 
-    def compress(self, checkpoint, config, out, listener, *, fresh=False):
+    def compress(self, checkpoint, config, out, listener, *, fresh=False, origins=None):
         return self._answer(RunResult(Path("run"), COMPARISON), checkpoint=checkpoint, config=config, out=out)
 
     def report(self, paths, *, latency=False, listener, config=None):

@@ -127,7 +127,7 @@ def test_labelled_images_give_accuracy_before_and_after(checkpoint: Path, tmp_pa
     assert evaluation.top1 == comparison.after.accuracy.top1
     for name in ("model.safetensors", "report.md", "report.json"):  # which are given to others
         assert str(tmp_path).encode() not in (tmp_path / "run" / name).read_bytes()
-    assert (comparison.before.source, comparison.settings["data"]) == ("dense.safetensors", "images")
+    assert (comparison.before.source, comparison.after.source) == ("dense.safetensors", "run/model.safetensors")
     assert load_config(None, tmp_path / "run" / "config.toml", {}) == config  # which is not
 
 
@@ -137,17 +137,38 @@ def test_equal_runs_give_equal_bytes(checkpoint: Path, finished: Path, tmp_path:
         assert (again / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_the_number_of_workers_changes_no_bit(checkpoint: Path, tmp_path: Path):
-    data = image_folder(tmp_path / "images")
-    config = SHORT.model_copy(update={"data": str(data), "search_weight_lr": 1e-4})
-    runs = [
-        pipeline.compress(checkpoint, config.model_copy(update={"workers": workers}), tmp_path / str(workers), ignore)
-        for workers in (0, 2)
-    ]
-    first, second = (open_model(run.folder).model.state_dict() for run in runs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    logs = [(run.folder / "log.jsonl").read_text() for run in runs]
-    assert logs[0] == logs[1]
+def test_a_run_repeats_itself_wherever_it_is_and_its_images_lie(checkpoint: Path, tmp_path: Path, monkeypatch):
+    """Byte by byte, but for times: with other workers, folders and names of them, and files made in another order."""
+    images = image_folder(tmp_path / "images")
+    (images / "train" / "note.txt").write_text("passed over")
+    copied = tmp_path / "elsewhere" / "pictures"
+    for path in sorted(images.rglob("*.*"), reverse=True):
+        copy = copied / path.relative_to(images)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    config = SHORT.model_copy(update={"data": str(images), "search_weight_lr": 1e-4})
+    first = pipeline.compress(checkpoint, config, tmp_path / "a" / "run", ignore).folder
+    monkeypatch.chdir(copied.parent)
+    others = {"data": "pictures", "workers": 2, "snapshot_minutes": 1.0, "max_memory": 1.0, "deterministic": True}
+    second = pipeline.compress(Path("../dense.safetensors"), config.model_copy(update=others), Path("b"), ignore).folder
+    for name in ("model.safetensors", "plan.json", "log.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    reports = [json.loads((run / "report.json").read_text()) for run in (first, second)]
+    for report in reports:
+        report["stages"] = [stage["stage"] for stage in report["stages"]]
+        assert any(note.startswith("data/train: 1 files were passed over") for note in report["notes"])
+    assert reports[0] == reports[1]
+
+
+def test_the_record_says_what_repeats_a_run(finished: Path):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["command"].startswith(f"kcrprune compress {finished.parent / 'dense.safetensors'} --out {finished} ")
+    assert "--search-steps 3" in record["command"]
+    assert record["flags"]["deterministic"] is False
+    assert record["device"] == "cpu"
+    assert len(record["images"]) == 64
+    assert record["environment"]["OMP_NUM_THREADS"] == "1"
+    assert set(record["origins"].values()) == {"default"}, "it was made in Python, of a RunConfig"
 
 
 def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: Path, tmp_path: Path):

@@ -1,10 +1,12 @@
 """The loop over stages, its table, and what a stage may read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kcrprune.config import RunConfig
-from kcrprune.errors import KcrPruneError
+from kcrprune.errors import DivergedError, KcrPruneError
 from kcrprune.events import Note, StageStarted
 from kcrprune.run.context import ALL, FREE, Context
 from kcrprune.run.stage import Stage, execute
@@ -124,6 +126,16 @@ def test_a_stage_that_reads_what_it_does_not_declare_is_found(tmp_path):
         execute((stage,), context(tmp_path), wanted=("x",))
     overridden = Stage("x", (), (), lambda context: context.settings.model_copy(update={"seed": 3}).seed)
     assert execute((overridden,), context(tmp_path), wanted=("x",))["x"] == 3
+
+
+def test_what_is_no_finite_number_ends_the_run_where_it_comes_up(tmp_path):
+    def make(context):
+        return {"blocks.0": torch.tensor([1.0, torch.inf])}
+
+    stage = Stage("balance", (), (), make, Codec(dict[str, torch.Tensor]))
+    with pytest.raises(DivergedError, match=r"^balance: blocks\.0 holds what are no finite numbers"):
+        execute((stage,), context(tmp_path), wanted=("balance",))
+    assert execute((replace(stage, finite=False),), context(tmp_path), wanted=("balance",))["balance"]
 
 
 def settings_behind(name):

@@ -1,4 +1,4 @@
-"""Two processes that each see half of the images end with the covariance, the KC and the basis of one that sees all."""
+"""Two processes that each see half of the images end with the sums, the basis and the weights of one that sees all."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,6 +12,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
 from kcrprune.method.sums import Sums
 from kcrprune.training.features import KernelWatch
+from kcrprune.training.reconstruct import Reconstruction
 
 SPLITS = ((0, 7), (7, 20))  # of unequal size
 EVERY = 2
@@ -36,6 +37,21 @@ class Several(Sums):
         return cls(x.sum(0).double(), (x.T @ x).double(), len(x), 1)
 
 
+def streams() -> list[Tensor]:
+    """Two batches (10, 3, 6)."""
+    return list(torch.randn(2, 10, 3, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def reconstructed(batches: list[Tensor]) -> Tensor:
+    """The weights of a block after two epochs towards another one's streams."""
+    torch.manual_seed(0)
+    block, wanted = nn.Linear(6, 6), nn.Linear(6, 6)
+    with torch.no_grad():
+        target = [wanted(batch) for batch in batches]
+    Reconstruction(epochs=2, lr=0.01, seed=0, stage="test")(block, batches, target)
+    return block.weight.detach()
+
+
 def watch_of(seen: Covariance) -> KernelWatch:
     return KernelWatch(Objective(nn.Identity(), True, False, kernel_weight=0.1), seen, 0.4, EVERY)
 
@@ -50,7 +66,9 @@ def see(rank: int, folder) -> None:
     watch = watch_of(covariance)
     told = [watch.see_(batch) for batch in own.tensor_split(2 * EVERY)]
     several = Several.of(own).sum_over_processes_()
+    weights = reconstructed([batch[start // 2 : end // 2] for batch in streams()])
     found = {
+        "reconstructed": weights,
         "several": vars(several),
         "total": covariance.total,
         "images": covariance.images,
@@ -99,6 +117,13 @@ def test_a_watch_tells_kc_and_renews_its_basis_from_the_batches_of_both(found):
         assert each["told"] == told
         assert torch.equal(each["basis"], watch.objective.basis)
         assert ["kc" in figures for figures in each["told"]] == [False, True, False, True]
+
+
+def test_a_block_is_trained_on_the_batches_of_both(found):
+    alone = reconstructed(streams())
+    for each in found:
+        assert torch.equal(each["reconstructed"], found[0]["reconstructed"])
+        assert torch.allclose(each["reconstructed"], alone, atol=1e-6)
 
 
 def test_alone_a_sum_over_processes_changes_nothing():

@@ -1,7 +1,8 @@
 """The step of a training: what memory, divergence and a stop in between change of it, which is nothing."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,15 +119,48 @@ def test_what_is_no_number_is_named_with_its_stage_and_step(every: int, monkeypa
     assert [row["step"] for row in learning.history] == [1, 2, 3, 4, 5]
 
 
-def test_a_gradient_that_is_no_number_is_seen_though_the_loss_is_one():
-    model = network()
+def at_steps(model: nn.Module, steps: Sequence[int], learning: list[Training]) -> Callable[[Tensor, Tensor], Loss]:
+    """A loss that is a number, and whose slope along the last bias is infinite at some steps."""
+    plain, bias = squares(model), model[3].bias  # type: ignore[index]
 
     def loss(x: Tensor, y: Tensor) -> Loss:
-        root = (0 * model(x)).abs().sum().sqrt()  # 0, with an infinite slope
-        return Loss(root, {"loss": root.detach()}, x)
+        found = plain(x, y)
+        steep = (0 * bias).abs().sum().sqrt() if learning[0].done + 1 in steps else 0
+        return replace(found, total=found.total + steep)
 
-    with pytest.raises(DivergedError, match="test, step 1: gradient_norm is nan"):
-        run_(training(model, loss), 1)
+    return loss
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_batch_whose_gradient_is_no_number_is_passed_over(every: int, monkeypatch):
+    monkeypatch.setitem(step_module.READ_EVERY, "cpu", every)
+    model, events = network(), []
+    learning: list[Training] = []
+    optimizer = torch.optim.SGD(list(model.named_parameters()), lr=0.1)
+    learning.append(training(model, at_steps(model, (2, 3, 5), learning), optimizer=optimizer, listener=events.append))
+    run_(learning[0], 12)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert [note.partition(":")[0] for note in notes] == ["test, step 2", "test, step 3", "test, step 5"]
+    assert notes[0].endswith("gradient_norm of 3.bias is nan; this batch was passed over")
+
+    plain = network()  # which never sees those batches
+    stream, kept = batches().from_step(0), training(plain, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1))
+    for step in range(1, 13):
+        batch = next(stream)
+        if step not in (2, 3, 5):
+            kept.step_(batch)
+    assert_near(model, plain)
+
+
+def test_three_gradients_in_a_row_that_are_no_numbers_are_named_with_their_tensor(monkeypatch):
+    model, learning = network(), []
+    optimizer = torch.optim.AdamW(list(model.named_parameters()), lr=0.01)
+    learning.append(training(model, at_steps(model, (1, 3, 4, 5), learning), optimizer=optimizer))
+    with pytest.raises(
+        DivergedError, match=r"^test, step 5: gradient_norm of 3\.bias is nan, so the training diverged"
+    ):
+        run_(learning[0], 12)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_figures_read_together_are_those_read_one_by_one(monkeypatch):

@@ -1,8 +1,7 @@
 """Batches of images: in order, or drawn by address."""
 
 from collections.abc import Iterator
-from itertools import count, islice
-from math import ceil
+from itertools import count, islice, pairwise
 from time import perf_counter
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from kcrprune import processes
 from kcrprune.errors import DataError
-from kcrprune.training.images import workers as processes
+from kcrprune.training.images import workers as loading
 from kcrprune.training.images.unreadable import Replaced, Replacing
 from kcrprune.training.randomness import generator, seeded
 
@@ -23,8 +23,9 @@ class Batches:
 
     An epoch takes all images in an order of its own, but for those that fill no batch, and augments each by (seed,
     stage, epoch, image). So the number of processes that load changes no bit, nor does the step to begin with.
-    Iterated over, it is the first epoch. `replaced` names the images that could not be read, so far, and `waited` is
-    the time that whoever took the batches waited for them, in seconds.
+    Iterated over, it is the first epoch. Of several processes each takes its part of the same batches. `replaced` names
+    the images that could not be read, so far, and `waited` is the time that whoever took the batches waited for them,
+    in seconds.
     """
 
     def __init__(self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0) -> None:
@@ -49,7 +50,7 @@ class Batches:
         for epoch in count(first):
             order = torch.randperm(self.images, generator=generator(self.seed, self.stage, epoch, "order"))
             for batch in order.split(self.size)[done : len(self)]:
-                yield [(epoch, index) for index in batch.tolist()]
+                yield [(epoch, index) for index in processes.own(batch.tolist())]
             done = 0
 
     def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,9 +67,23 @@ class Batches:
 
 
 def in_order(dataset: Dataset, size: int, *, workers: int = 0) -> DataLoader:
-    """Batches of a whole data set, in its order; the processes that load stay from one pass to the next."""
-    workers = 0 if isinstance(dataset, IterableDataset) else min(workers, ceil(len(dataset) / size))  # type: ignore[arg-type]
-    return loader(dataset, workers, batch_size=size, persistent_workers=workers > 0)
+    """Batches of a whole data set, in its order; the processes that load stay from one pass to the next.
+
+    Of several processes each takes its part of the same batches.
+    """
+    if isinstance(dataset, IterableDataset):
+        return loader(dataset, 0, batch_size=size)
+    batches = [processes.own(batch) for batch in _divided(len(dataset), size)]  # type: ignore[arg-type]
+    workers = min(workers, len(batches))
+    return loader(dataset, workers, batch_sampler=batches, persistent_workers=workers > 0)
+
+
+def _divided(images: int, size: int) -> list[range]:
+    """The places of all images in batches of `size`; a last one too small for all processes joins the one before."""
+    starts = list(range(0, images, size))
+    if len(starts) > 1 and images - starts[-1] < processes.count():
+        starts.pop()
+    return [range(start, end) for start, end in pairwise([*starts, images])]
 
 
 class _Addressed(Dataset):
@@ -99,4 +114,4 @@ class _Loader(DataLoader):
             last_line = str(error).strip().splitlines()[-1]
             raise DataError(last_line.removeprefix(f"{DataError.__module__}.{type(error).__name__}: ")) from None
         except (RuntimeError, OSError, MemoryError) as error:
-            raise processes.told(error, self.num_workers) or error from None
+            raise loading.told(error, self.num_workers) or error from None

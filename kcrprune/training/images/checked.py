@@ -1,10 +1,11 @@
 """Whether all images of a set can be read, asked before anything is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from torch.utils.data import Dataset
 
+from kcrprune import processes
 from kcrprune.errors import DataError, ImageError
 from kcrprune.training.images.batches import loader
 from kcrprune.training.images.unreadable import some
@@ -14,10 +15,15 @@ AT_ONCE: Final = 256
 
 
 def require_readable(count: int, read: Callable[[int], object], workers: int) -> None:
-    """DataError with the names of all of `count` images that `read`, by index, finds none in."""
-    workers = min(workers, count // AT_ONCE) if count > FEW else 0
-    looked = loader(_Complaints(count, read), workers, batch_size=AT_ONCE, collate_fn=list)
-    bad = [complaint for batch in looked for complaint in batch if complaint is not None]
+    """DataError with the names of all of `count` images that `read`, by index, finds none in.
+
+    Of several processes each looks at a part of them.
+    """
+    part = processes.own(range(count))
+    workers = min(workers, len(part) // AT_ONCE) if len(part) > FEW else 0
+    looked = loader(_Complaints(part, read), workers, batch_size=AT_ONCE, collate_fn=list)
+    found = [complaint for batch in looked for complaint in batch if complaint is not None]
+    bad = [complaint for of_one in processes.of_all(found) for complaint in of_one]
     if len(bad) == 1:
         raise DataError(bad[0][0])
     if bad:
@@ -30,15 +36,15 @@ def require_readable(count: int, read: Callable[[int], object], workers: int) ->
 class _Complaints(Dataset):
     """What `read` says against each image: an ImageError's sentence and name, or None."""
 
-    def __init__(self, count: int, read: Callable[[int], object]) -> None:
-        self.count, self.read = count, read
+    def __init__(self, part: Sequence[int], read: Callable[[int], object]) -> None:
+        self.part, self.read = part, read
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.part)
 
     def __getitem__(self, index: int) -> tuple[str, str] | None:
         try:
-            self.read(index)
+            self.read(self.part[index])
         except ImageError as error:
             return str(error), error.name
         return None

@@ -1,0 +1,115 @@
+"""A run that two processes share is the run of one: its plan, its sums, its weights; and one that dies ends it.
+
+Both processes are started once, and all that is looked at comes of that.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
+
+from kcrprune import pipeline
+from kcrprune.artifact.artifact import open_model
+from kcrprune.errors import LostProcessError
+from kcrprune.events import Note, StageStarted, ignore
+from kcrprune.run.folder import RECORD, STORE
+from kcrprune.run.store import TENSORS, Store
+from tests.conftest import TINY, Tiny, relative_error
+from tests.pipeline.test_compress import SHORT, save
+
+# more tokens than inputs and a firm ridge, since what is nearly singular makes much of rounding errors
+FIRM = {"generated_images": 96, "calibration_images": 75, "score_images": 50, "refit_ridge": 0.1}
+CONFIG = SHORT.model_copy(update=FIRM)
+BEFORE = ("dense", "balance", "score", "cut-scored")  # the stages before the first step of an optimiser
+
+
+def share(rank: int, folder: Path, port: int) -> None:
+    """What one of the two processes does: a run that ends well, and one whose second process dies."""
+    torch.set_num_threads(1)
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    Store.drop_tensors = lambda self: None  # they are compared
+    result = pipeline.compress(folder / "dense.safetensors", CONFIG, folder / "two", ignore)
+    (folder / f"{rank}.json").write_text(result.comparison.model_dump_json())
+
+    def die(event: object) -> None:
+        if rank == 1 and event == StageStarted("recover", 2):
+            os._exit(0)
+
+    try:
+        changed = CONFIG.model_copy(update={"recover_steps": 2})
+        pipeline.compress(folder / "dense.safetensors", changed, folder / "three", die)
+    except LostProcessError as error:
+        (folder / "lost.txt").write_text(str(error))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    checkpoint = save(TINY[0], folder / "dense.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares each the import of torch
+    start_processes(share, (folder, port), nprocs=2, start_method="fork" if fork else "spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "drop_tensors", lambda self: None)
+        pipeline.compress(checkpoint, CONFIG, folder / "alone" / "one", ignore)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    return folder / "alone" / "one", folder / "two"
+
+
+def test_the_plan_is_the_same_and_the_outputs_are_near(runs, tiny_vit: Tiny):
+    plans = [(run / "plan.json").read_bytes() for run in runs]
+    assert plans[0] == plans[1]
+    images = tiny_vit.images(4)
+    with torch.no_grad():
+        one, two = (open_model(run).model(images) for run in runs)
+    assert relative_error(two, one) < 1e-3
+
+
+@pytest.mark.parametrize("stage", BEFORE)
+def test_sums_and_weights_before_the_first_step_are_the_same(runs, stage):
+    [one, two] = [load_file(next((run / STORE).glob(f"{stage}-*")) / TENSORS) for run in runs]
+    assert one.keys() == two.keys()
+    assert one
+    for name, tensor in one.items():
+        solved = stage == "cut-scored" or name.startswith("/innovations")  # of systems that make more of rounding
+        bound = 1e-5 if solved else 1e-6
+        assert relative_error(two[name].double(), tensor.double()) < bound, name
+
+
+def test_all_processes_end_with_the_report_of_the_first(folder):
+    both = [(folder / f"{rank}.json").read_text() for rank in (0, 1)]
+    assert both[0] == both[1]
+    assert "75 are asked for" not in both[0], "images are counted over all processes"
+
+
+def test_what_is_sent_is_counted_and_is_sums_weights_and_gradients(runs):
+    one, two = (json.loads((run / RECORD).read_text()) for run in runs)
+    assert (one["processes"], one["sent_bytes"]) == (1, {})
+    assert two["processes"] == 2
+    weights = 4 * 33_000
+    assert two["sent_bytes"]["balance"] == pytest.approx(2 * 2 * 2 * 2 * 12 * 12 * 8 + weights, rel=0.1)
+    assert two["sent_bytes"]["recover"] == pytest.approx(3 * weights + weights, rel=0.25)  # three steps; what is cut
+
+
+def test_a_process_that_dies_ends_the_run_in_a_sentence_and_the_run_goes_on_without_it(folder):
+    sentence = (folder / "lost.txt").read_text()
+    assert sentence.startswith("another of the 2 processes has ended or does not answer (")
+    assert sentence.endswith("the same command goes on from it, with as many processes or fewer")
+    told: list[object] = []
+    changed = CONFIG.model_copy(update={"recover_steps": 2})
+    pipeline.compress(folder / "dense.safetensors", changed, folder / "three", told.append)
+    assert any(isinstance(event, Note) and "refit (scores)" in event.text for event in told)
+    assert StageStarted("recover", 2) in told
+    assert StageStarted("balance") not in told
