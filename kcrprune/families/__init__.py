@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
+from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS
+RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | CONVOLUTIONS
 BLOCKS: Final[dict[type, dict[str, Branch]]] = {  # those that add their branches to the input of a norm
     Block: {"attn": Branch("norm1", "ls1", "norm2"), "mlp": Branch("norm2", "ls2")},
     SwinTransformerBlock: {"attn": Branch("norm1", behind="norm2"), "mlp": Branch("norm2")},
     EvaBlock: {"attn": Branch("norm1", "gamma_1", "norm2"), "mlp": Branch("norm2", "gamma_2")},
+    **CONVOLUTIONAL_BLOCKS,
 }
 
 
@@ -100,7 +102,7 @@ def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> 
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = architecture.norm_eps
-    return model.eval()
+    return forget_caches_(model).eval()
 
 
 __all__ = [
@@ -120,6 +122,7 @@ __all__ = [
     "contract_of",
     "family_of",
     "find_groups",
+    "forget_caches_",
     "groups_of",
     "kept_widths",
     "outputs_of",

@@ -8,6 +8,7 @@ are derived from that. No rule speaks of the residual stream, which keeps its wi
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Literal
 
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class Group:
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
     affine: str | None = None  # a batch norm right behind the reader
+    told: str = ""  # an attribute of the branch module that holds the width
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 
@@ -103,8 +105,8 @@ class Group:
 class Branch:
     """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
 
-    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the block
-    ends with this one.
+    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the
+    block ends with this one.
     """
 
     norm: str
@@ -113,6 +115,14 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+
+
+def newer(module: str, name: str) -> type:
+    """A class that only a newer timm has; where the installed one lacks it, a class that no module is of."""
+    try:
+        return getattr(import_module(f"timm.models.{module}"), name)
+    except (ImportError, AttributeError):
+        return type(name, (), {})
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:

@@ -10,10 +10,14 @@ from kcrprune.plan import Outputs
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
-    """The last linear layers: one, two for a distilled network, none for a bare backbone."""
+    """The last linear layers: one, two for a distilled network, none for a bare backbone.
+
+    Where a norm lies before one, timm names the two together.
+    """
     found = model.get_classifier()  # type: ignore[operator]
     found = found if isinstance(found, tuple) else (found,)
-    return tuple(layer for layer in found if isinstance(layer, nn.Linear))
+    last = ([part for part in layer.modules() if isinstance(part, nn.Linear)][-1:] for layer in found)
+    return tuple(linear for linears in last for linear in linears)
 
 
 def outputs_of(model: nn.Module) -> Outputs:

@@ -6,6 +6,7 @@ from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from kcrprune.families.contract import Group, Rule, Slot
+from kcrprune.families.linears import is_linear
 
 
 def _rule(*writers: str, packed: bool = False) -> Rule:
@@ -13,13 +14,13 @@ def _rule(*writers: str, packed: bool = False) -> Rule:
 
     def groups(site: str, module: nn.Module) -> tuple[Group, ...]:
         mlp: Any = module
-        if not isinstance(mlp.fc2, nn.Linear):  # timm's 1x1 convolutions on feature maps
+        if not is_linear(mlp.fc2) or (isinstance(mlp.fc2, nn.Conv2d) and not isinstance(mlp.norm, nn.Identity)):
             return ()
-        width, hidden = mlp.fc2.out_features, mlp.fc2.in_features
+        width, hidden = mlp.fc2.weight.shape[:2]
         starts = (0, hidden) if packed else (0,)
         written = tuple(Slot(f"{site}.{name}", 0, start) for name in writers for start in starts)
         norm = None if isinstance(mlp.norm, nn.Identity) else f"{site}.norm"
-        return (
+        io = (
             Group(
                 site,
                 "mlp_io",
@@ -29,6 +30,8 @@ def _rule(*writers: str, packed: bool = False) -> Rule:
                 tuple(Slot(f"{site}.{name}", 1) for name in writers),
                 wide=True,
             ),
+        )
+        inner = (
             Group(
                 site,
                 "mlp_hidden",
@@ -39,6 +42,7 @@ def _rule(*writers: str, packed: bool = False) -> Rule:
                 norm=norm,
             ),
         )
+        return io + inner if isinstance(mlp.fc2, nn.Linear) else inner  # no stream of 1x1 convolutions is gathered
 
     return groups
 

@@ -78,7 +78,8 @@ def refit_(
     them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
-    blocks = list(dict.fromkeys(group.block for group in groups))
+    around = _outermost(groups)
+    blocks = list(dict.fromkeys(around.values()))
     steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
     kept = index_map(dense, groups, plan)
     rows = _rows(kept, device)
@@ -96,7 +97,7 @@ def refit_(
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
         if cut and done > begin:
-            here = [group for group in groups if group.block == step.block]
+            here = [group for group in groups if around[group.block] == step.block]
             _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
@@ -133,7 +134,7 @@ def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[s
 
     for site in dict.fromkeys(group.site for group in groups):
         here = [group for group in groups if group.site == site and not group.wide]
-        readers = {group.readers[0].owner: group for group in here if group.readers}  # those that end a branch
+        readers = {group.readers[0].owner: group for group in here if group.readers and group.block == block}
         norms = _batch_norms(dense, here)
         for owner in _linears(dense, here):
             fit = _Fit(inside(owner), rows.get(f"{owner}.weight"), inside(norms.get(owner)))
@@ -146,6 +147,12 @@ def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[s
                     scale=inside(group.scale),
                 )
             yield fit
+
+
+def _outermost(groups: Sequence[Group]) -> dict[str, str]:
+    """The blocks of some groups, each with the one that it lies in, if it does."""
+    blocks = dict.fromkeys(group.block for group in groups)
+    return {block: min((b for b in blocks if f"{block}.".startswith(f"{b}.")), key=len) for block in blocks}
 
 
 def _linears(dense: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -181,9 +188,7 @@ class _Pair:
         weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
         return not torch.stack([(ours != theirs).any() for ours, theirs in weights]).any()
 
-    def restart_(
-        self, block: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams
-    ) -> None:
+    def restart_(self, block: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams) -> None:
         """Takes both streams before a block from the images."""
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
             streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
@@ -210,7 +215,9 @@ class _Pair:
         """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
         for name in [name for name, module in self.cut.named_modules() if cut and is_linear(module)]:
             moved = (_moved(pair, self.device) for pair in zip(dense_streams, cut_streams, strict=True))
-            self.refit_reader_(_Fit(name), ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved))
+            self.refit_reader_(
+                _Fit(name), ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved)
+            )
         self.advance_(dense_streams, cut_streams)
 
     def behind(
