@@ -8,6 +8,7 @@ are derived from that. No rule speaks of the residual stream, which keeps its wi
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Literal
 
 from torch import Tensor, nn
@@ -110,6 +111,14 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+
+
+def newer(module: str, name: str) -> type:
+    """A class that only a newer timm has; where the installed one lacks it, a class that no module is of."""
+    try:
+        return getattr(import_module(f"timm.models.{module}"), name)
+    except (ImportError, AttributeError):
+        return type(name, (), {})
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
