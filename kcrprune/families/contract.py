@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from kcrprune.plan import Axis
+from kcrprune.plan import Axis, block_of
 
 Key = tuple[str, Axis]  # site and axis: what a width is decided for
 Tie = Literal["", "neighbours", "halves"]
@@ -24,7 +24,8 @@ Basis = Literal["free", "orthogonal", "fixed"]
 class Slot:
     """Where the channels of a group lie in one dimension of one owner: channel c of head h at start + h * stride + c.
 
-    The owner is a module with a weight (a linear, a norm; its bias goes with dimension 0), or a bare tensor.
+    The owner is a module with a weight (a linear, a convolution, a norm; its bias, and what a batch norm has seen, go
+    with dimension 0), or a bare tensor.
     """
 
     owner: str  # dotted name
@@ -57,6 +58,7 @@ class Group:
     stream: str | None = None  # the module whose input is the stream that the branch is added to
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
+    affine: str | None = None  # a batch norm right behind the reader
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 
@@ -67,8 +69,8 @@ class Group:
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block."""
-        return self.site.rpartition(".")[0]
+        """What users know as the block."""
+        return block_of(self.site, self.axis)
 
     @property
     def span(self) -> int:
@@ -102,7 +104,8 @@ class Group:
 class Branch:
     """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
 
-    `behind` is the norm of the next branch; '' where the block ends with this one.
+    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the block
+    ends with this one.
     """
 
     norm: str
@@ -141,13 +144,13 @@ def find_groups(
 def _placed(model: nn.Module, group: Group, blocks: Mapping[type, Mapping[str, Branch]]) -> Group:
     """A group with what the block around its branch says of the stream."""
     block = model.get_submodule(group.block)
-    branch = blocks.get(type(block), {}).get(group.site.rpartition(".")[2])
+    branch = blocks.get(type(block), {}).get(group.site[len(group.block) :].lstrip("."))
     if branch is None:
         return group
     scaled = branch.scale and not isinstance(getattr(block, branch.scale, None), nn.Identity | None)
     return replace(
         group,
-        stream=f"{group.block}.{branch.norm}",
+        stream=f"{group.block}.{branch.norm}" if branch.norm else group.site,
         behind=f"{group.block}.{branch.behind}" if branch.behind else None,
         scale=f"{group.block}.{branch.scale}" if scaled else None,
     )

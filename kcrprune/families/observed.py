@@ -1,7 +1,8 @@
 """What one forward pass shows: which weights are used where and how often, and what they read and put out.
 
 Linears are watched where their weight is used and not where their module is called, because EVA, BEiT and Swin V2 call
-`F.linear(x, self.qkv.weight, ...)`, on which a hook never fires.
+`F.linear(x, self.qkv.weight, ...)`, on which a hook never fires. What a 1x1 convolution reads and gives is shown with
+its channels last, as a linear's.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +29,15 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call itself, seen where it is a product with a watched weight."""
         result = func(*args, **(kwargs or {}))
-        if see := self.watching(func, args, kwargs or {}):
+        see = self.watching(func, args, kwargs or {})
+        if see is None:
+            return result
+        if func is F.linear:
             see(args[0], result)
-        return result
+            return result
+        result = result.movedim(1, -1)  # goes on into the network, so that it has a gradient
+        see(args[0].movedim(1, -1), result)
+        return result.movedim(-1, 1)
 
     def watching(self, func: Any, args: Any, kwargs: Any) -> Callable[..., None] | None:
         """What wants to see this call."""
@@ -53,7 +60,7 @@ def watching(model: nn.Module, seen: Mapping[str, See]) -> Iterator[None]:
 class _Reading(Watch):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if see := self.watching(func, args, kwargs or {}):
-            see(args[0])
+            see(args[0] if func is F.linear else args[0].movedim(1, -1))
         return func(*args, **(kwargs or {}))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.errors import DivergedError
+from kcrprune.families.linears import is_linear
 from kcrprune.method.objective import Loss
 from kcrprune.training.randomness import generator
 from kcrprune.training.step import Training
@@ -33,7 +34,7 @@ class Reconstruction:
 
         The linears alone are trained. Weights that end farther from `target` than they began are put back.
         """
-        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in block.modules() if is_linear(module)]
         weights = [weight for linear in linears for weight in linear.parameters()]
         optimizer = torch.optim.Adam(weights, lr=self.lr)
         steps = self.epochs * len(before)
