@@ -9,7 +9,6 @@ from torch import nn
 
 from kcrprune.families.contract import Group, Rule, Slot
 
-
 COORDINATES: Final = 3  # an MLP that reads no more is one of positions, inside an attention, and no branch
 
 

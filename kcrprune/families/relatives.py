@@ -54,7 +54,7 @@ class SlimRelPos(SlimAttention, RelPosAttention):
 
 
 def tell_positions_(positions: Any, heads: int) -> None:
-    """timm's modules of relative positions keep the number of heads in shapes of their own."""
+    """Timm's modules of relative positions keep the number of heads in shapes of their own."""
     if positions is not None:
         positions.bias_shape = (*positions.bias_shape[:2], heads)
         positions.num_heads = heads

@@ -1,6 +1,6 @@
 """Parts of a network by themselves: its blocks one after the other, and what a module inside one of them sees."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ class Step:
     keywords: Mapping[str, Any]
     apart: bool = False
     keeps: bool = True
+    alone: bool = False  # no stream leads through the block
 
 
 class Block(nn.Module):
@@ -54,6 +55,11 @@ class _Call:
     output: Any
 
     @property
+    def is_stream(self) -> bool:
+        """Whether one tensor goes in first and one comes out."""
+        return isinstance(self.output, Tensor) and bool(self.inputs) and isinstance(self.inputs[0], Tensor)
+
+    @property
     def beside(self) -> list[Tensor]:
         """The tensors that the module is handed beside the stream."""
         return [value for value in (*self.inputs[1:], *self.keywords.values()) if isinstance(value, Tensor)]
@@ -63,18 +69,20 @@ class _Call:
 def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
     """How the stream passes the blocks, seen in one pass over `images`.
 
-    A block that is handed what depends on the images beside the stream is no step, since a stream is not all it takes.
+    Through a block that is handed more of the images, or for each of them, than one tensor, gives more than one, or has others inside, no
+    stream leads.
     """
+    alone = {outer for outer in blocks if any(inner.startswith(f"{outer}.") for inner in blocks)}
     calls = _calls(model, blocks, images)
     if any(call.beside for call in calls if call.name in blocks):
-        others = _calls(model, blocks, torch.zeros_like(images))
-        moving = {
+        others = _calls(model, blocks, torch.zeros_like(images).repeat(2, 1, 1, 1))
+        alone |= {
             call.name
             for call, other in zip(calls, others, strict=True)
-            if not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
+            if call.name in blocks
+            and not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
         }
-        blocks = [name for name in blocks if name not in moving]
-    return tuple(_steps(calls, blocks))
+    return tuple(_steps(calls, blocks, alone))
 
 
 def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Call]:
@@ -85,7 +93,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Cal
         return lambda module, inputs, keywords, output: calls.append(_Call(name, inputs, keywords, output))
 
     inside = tuple(f"{block}." for block in blocks)
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    names = [name for name, _ in model.named_modules() if name in blocks or (name and not name.startswith(inside))]
     hooks = [model.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in names]
     try:
         model(images)
@@ -95,15 +103,19 @@ def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Cal
     return calls
 
 
-def _steps(calls: Sequence[_Call], blocks: Sequence[str]) -> list[Step]:
+def _steps(calls: Sequence[_Call], blocks: Sequence[str], alone: Set[str]) -> list[Step]:
     made_by = {id(call.output): call for call in calls if call.name not in blocks}
     steps: list[Step] = []
     previous: Any = None
     for call in calls:
         if call.name not in blocks:
             continue
-        entry = _between(previous, call.inputs[0], made_by) if steps else None
-        keeps = isinstance(call.output, Tensor) and call.output.shape == call.inputs[0].shape
+        if call.name in alone or not call.is_stream:
+            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True))
+            previous = None
+            continue
+        entry = _between(previous, call.inputs[0], made_by) if previous is not None else None
+        keeps = call.output.shape == call.inputs[0].shape
         steps.append(Step(call.name, entry or (), call.inputs[1:], call.keywords, entry is None, keeps))
         previous = call.output
     return steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group
-from kcrprune.families.linears import Linear, is_linear, matrix
+from kcrprune.families.linears import Linear, matrix
 from kcrprune.families.observed import watching
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.innovations import Innovations, elimination_order
