@@ -140,8 +140,11 @@ class Kept(Frozen):
 
 
 def block_of(site: str, axis: Axis) -> str:
-    """What users know as the block: the module around a branch; an inverted bottleneck is one by itself."""
-    return site if axis == "conv_hidden" else site.rpartition(".")[0]
+    """What users know as the block: the module around a branch; an inverted bottleneck is one by itself.
+
+    So is a branch that nothing but the network is around.
+    """
+    return site if axis == "conv_hidden" else site.rpartition(".")[0] or site
 
 
 def _require_ascending(indices: Indices, width: int, what: str) -> None:

@@ -141,9 +141,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
     """A plan that cuts each axis that each block allows, at random; some axes stay whole."""
     draw = random.Random(seed)
-    heads: dict[str, list[int]] = {}
+    groups = groups_of(model)
+    heads = {group.site: list(range(group.width)) for group in groups if group.axis == "heads" and group.whole}
     entries = []
-    for group in groups_of(model):
+    for group in groups:
         if group.axis == "heads":
             continue
         kept_heads = heads.setdefault(group.site, _chosen(draw, group.heads))

@@ -95,6 +95,15 @@ class SlimAttention(nn.Module):
         x = self.attn_drop(scores.softmax(dim=-1)) @ v
         return x.transpose(1, 2).flatten(2)
 
+    def weighed(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What attention made (B, N, h * value_dim), times what its gate makes of x where it has one."""
+        gate = getattr(self, "gate", None)
+        return attended if gate is None else attended * gate(x).sigmoid()
+
+    def of_kept_heads(self, x: Tensor | None) -> Tensor | None:
+        """Of something that is made for all dense heads (..., h, N, d), that of the kept ones."""
+        return x if x is None or self.kept_heads is None else x.index_select(-3, self.kept_heads)
+
     def project(self, x: Tensor) -> Tensor:
         """The branch's output from (B, N, h * value_dim)."""
         return self.proj_drop(self.proj(x))

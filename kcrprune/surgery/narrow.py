@@ -190,16 +190,19 @@ def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
                 f"{of}: {key[1]} of {key[0]!r} has {planned[key][0]} x {planned[key][1]} channels there, and "
                 f"{sizes[0]} x {sizes[1]} here"
             )
+    entire = {group.site for group in groups if group.axis == "heads" and group.whole}  # all of whose heads stay
     for group in groups:
         if group.axis != "heads":
-            _check_entry(group, next(kept for kept in plan.groups if kept.key == group.key))
+            kept = next(kept for kept in plan.groups if kept.key == group.key)
+            _check_entry(group, kept, heads_stay=group.site in entire)
 
 
-def _check_entry(group: Group, kept: Kept) -> None:
+def _check_entry(group: Group, kept: Kept, *, heads_stay: bool) -> None:
     """PlanMismatchError where what must stay or go together does not."""
     whole = all(len(channels) == group.width for channels in kept.channels)
     paired = all(group.channels(_units(group, channels)) == channels for channels in kept.channels)
-    if (group.whole and not whole) or not paired:
+    lost = heads_stay and len(kept.kept_heads) < group.heads
+    if (group.whole and not whole) or not paired or lost:
         raise PlanMismatchError(f"{group.axis} of {group.site!r}: the plan parts channels that cannot be parted")
 
 

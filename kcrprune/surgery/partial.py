@@ -1,6 +1,6 @@
 """Parts of a network by themselves: its blocks one after the other, and what a module inside one of them sees."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,8 @@ class Step:
     keywords: Mapping[str, Any]
     apart: bool = False
     keeps: bool = True
+    alone: bool = False  # no stream leads through the block
+    holds: frozenset[str] = frozenset()  # the block and others inside it
 
 
 class Block(nn.Module):
@@ -54,6 +56,11 @@ class _Call:
     output: Any
 
     @property
+    def is_stream(self) -> bool:
+        """Whether one tensor goes in first and one comes out."""
+        return isinstance(self.output, Tensor) and bool(self.inputs) and isinstance(self.inputs[0], Tensor)
+
+    @property
     def beside(self) -> list[Tensor]:
         """The tensors that the module is handed beside the stream."""
         return [value for value in (*self.inputs[1:], *self.keywords.values()) if isinstance(value, Tensor)]
@@ -63,18 +70,29 @@ class _Call:
 def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
     """How the stream passes the blocks, seen in one pass over `images`.
 
-    A block that is handed what depends on the images beside the stream is no step, since a stream is not all it takes.
+    No stream leads through a block that is handed more of the images, or for each of them, than one tensor, or gives
+    more than one. A block inside another one that a stream leads through is no step of its own.
     """
     calls = _calls(model, blocks, images)
+    alone = {call.name for call in calls if call.name in blocks and not call.is_stream}
     if any(call.beside for call in calls if call.name in blocks):
-        others = _calls(model, blocks, torch.zeros_like(images))
-        moving = {
+        others = _calls(model, blocks, torch.zeros_like(images).repeat(2, 1, 1, 1))
+        alone |= {
             call.name
             for call, other in zip(calls, others, strict=True)
-            if not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
+            if call.name in blocks
+            and not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
         }
-        blocks = [name for name in blocks if name not in moving]
-    return tuple(_steps(calls, blocks))
+    return tuple(_steps(calls, blocks, alone))
+
+
+def _around(blocks: Sequence[str], alone: Set[str]) -> dict[str, str]:
+    """Each block with the outermost one around it that a stream leads through, or itself."""
+    around = {}
+    for block in blocks:
+        outer = [name for name in blocks if name not in alone and block.startswith(f"{name}.")]
+        around[block] = min(outer, key=len, default=block)
+    return around
 
 
 def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Call]:
@@ -85,7 +103,7 @@ def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Cal
         return lambda module, inputs, keywords, output: calls.append(_Call(name, inputs, keywords, output))
 
     inside = tuple(f"{block}." for block in blocks)
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    names = [name for name, _ in model.named_modules() if name in blocks or (name and not name.startswith(inside))]
     hooks = [model.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in names]
     try:
         model(images)
@@ -95,16 +113,23 @@ def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Cal
     return calls
 
 
-def _steps(calls: Sequence[_Call], blocks: Sequence[str]) -> list[Step]:
+def _steps(calls: Sequence[_Call], blocks: Sequence[str], alone: Set[str]) -> list[Step]:
     made_by = {id(call.output): call for call in calls if call.name not in blocks}
+    around = _around(blocks, alone)
     steps: list[Step] = []
     previous: Any = None
     for call in calls:
-        if call.name not in blocks:
+        if around.get(call.name) != call.name:
             continue
-        entry = _between(previous, call.inputs[0], made_by) if steps else None
-        keeps = isinstance(call.output, Tensor) and call.output.shape == call.inputs[0].shape
-        steps.append(Step(call.name, entry or (), call.inputs[1:], call.keywords, entry is None, keeps))
+        holds = frozenset(name for name in blocks if around[name] == call.name)
+        if call.name in alone:
+            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True, holds=holds))
+            previous = None
+            continue
+        entry = _between(previous, call.inputs[0], made_by) if previous is not None else None
+        keeps = call.output.shape == call.inputs[0].shape
+        extras, apart = call.inputs[1:], entry is None
+        steps.append(Step(call.name, entry or (), extras, call.keywords, apart, keeps, holds=holds))
         previous = call.output
     return steps
 

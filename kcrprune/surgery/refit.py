@@ -72,14 +72,14 @@ def refit_(
 
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
-    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all. Memory:
-    two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
+    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all; but the
+    linears of a block that no stream leads through are fitted to their own dense outputs, each in a pass of its own.
+    Memory: two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
     and for each input of its linears and each of its branches in the dense network; all where `keep` puts
     them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
-    around = _outermost(groups)
-    blocks = list(dict.fromkeys(around.values()))
+    blocks = list(dict.fromkeys(group.block for group in groups))
     steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
     kept = index_map(dense, groups, plan)
     rows = _rows(kept, device)
@@ -89,15 +89,18 @@ def refit_(
     touched = {name.rpartition(".")[0] for name in kept}
     cut = False
     for done, step in enumerate(steps, start=1):
-        if step.apart:
+        if step.apart and not step.alone:
             whole.restart_(step.block, batches, dense_streams, cut_streams)
         for name in step.entry:
             whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut and done > begin)
         pair = whole.at(step.block)
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
-        if cut and done > begin:
-            here = [group for group in groups if around[group.block] == step.block]
+        here = [group for group in groups if group.block in step.holds]
+        if step.alone:
+            for fit in _fits(dense, "", here, rows) if cut and done > begin else ():
+                whole.refit_reader_(fit, whole.from_images(fit, batches))
+        elif cut and done > begin:
             _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
@@ -106,7 +109,7 @@ def refit_(
         names = {module: name for name, module in pruned.named_modules()}
         for name in [names[classifier] for classifier in classifiers(pruned)]:
             if any(step.apart or not step.keeps for step in steps[1:]):
-                pairs = whole.from_images(name, batches)
+                pairs = whole.from_images(_Fit(name), batches)
             else:
                 pairs = whole.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
             whole.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
@@ -127,10 +130,13 @@ class _Fit:
 
 
 def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[str, Tensor]) -> Iterator[_Fit]:
-    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers."""
+    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers.
+
+    Their names are those in a Block; without a block, those in the network.
+    """
 
     def inside(name: Any) -> Any:
-        return name and f"inside{name.removeprefix(block)}"
+        return f"inside{name.removeprefix(block)}" if name and block else name
 
     for site in dict.fromkeys(group.site for group in groups):
         here = [group for group in groups if group.site == site and not group.wide]
@@ -141,18 +147,12 @@ def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[s
             if group := readers.get(owner):
                 fit = replace(
                     fit,
-                    site=f"inside{site.removeprefix(block)}",
+                    site=inside(site),
                     before=inside(group.stream),
                     behind=inside(group.behind),
                     scale=inside(group.scale),
                 )
             yield fit
-
-
-def _outermost(groups: Sequence[Group]) -> dict[str, str]:
-    """The blocks of some groups, each with the one that it lies in, if it does."""
-    blocks = dict.fromkeys(group.block for group in groups)
-    return {block: min((b for b in blocks if f"{block}.".startswith(f"{b}.")), key=len) for block in blocks}
 
 
 def _linears(dense: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -193,12 +193,12 @@ class _Pair:
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
             streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
 
-    def from_images(self, name: str, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the linear `name` reads in both, batch by batch."""
-        return (
-            (read_by(self.dense, name, images), read_by(self.cut, name, images))
-            for images in _moved(batches, self.device)
-        )
+    def from_images(self, fit: "_Fit", batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a fit takes of both, batch by batch, each in a pass of its own."""
+        reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
+        for images in _moved(batches, self.device):
+            x, z = read_by(self.dense, fit.name, images), read_by(self.cut, fit.name, images)
+            yield x if reads_all else own(x), z
 
     def fitted(self, fit: "_Fit") -> tuple[Fitted, Fitted]:
         """The linear of a fit in the dense module and in the cut one."""
