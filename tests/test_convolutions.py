@@ -36,14 +36,20 @@ from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block, _m
 from timm.models.vitamin import MbConvLNBlock
 from torch import nn
 
+from kcrprune.config import RunConfig
 from kcrprune.families import contract_of, forget_caches_, groups_of
 from kcrprune.method.cost import MacCost
+from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_, expand_, full_plan
+from kcrprune.surgery.refit import refit_
+from kcrprune.training.innovations import innovations_of
+from kcrprune.training.scores import fisher_scores
 from tests.conftest import random_plan, relative_error, torch_macs
 
 SIDE = 64
+DEFAULT = RunConfig.model_fields["axes"].default
 
 
 def _mobilevit(*, second: bool, **others: object) -> nn.Module:
@@ -97,7 +103,9 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "levit_conv": partial(
         levit.Levit, SIDE, embed_dim=(12, 16), key_dim=4, depth=(1, 1), num_heads=(2, 2), use_conv=True
     ),
-    "tiny_vit": partial(tiny_vit.TinyVit, embed_dims=(8, 8, 16, 16), depths=(1,) * 4, num_heads=(1, 2, 2, 2)),
+    "tiny_vit": partial(
+        tiny_vit.TinyVit, embed_dims=(8, 8, 16, 16), depths=(1,) * 4, num_heads=(1, 2, 2, 2), window_sizes=(4, 4, 4, 2)
+    ),
     "efficientvit": partial(
         efficientvit_mit.EfficientVit, widths=(4, 8, 8, 16), depths=(1,) * 4, head_dim=4, head_widths=(16, 16)
     ),
@@ -190,3 +198,42 @@ def test_masking_is_cutting_and_the_rules_hold(name: str):
     require_certificate(model, groups, plan, x)
     cost = MacCost.of(model, contract_of(model, (3, SIDE, SIDE)), torch_macs(model, x[:1]))
     assert cost.predicted(plan) == torch_macs(pruned, x[:1])
+
+
+@pytest.mark.parametrize("name", ["levit", "tiny_vit", "pvt", "mobilevit", "mobilevitv2", "efficientvit_msra"])
+def test_balance_scores_and_refit_reach_every_group(name: str):
+    model, x = copy.deepcopy(network(name)), images(12, 1).double()
+    with torch.no_grad():
+        dense = model(x)
+        balance_(model, groups_of(model), [x])
+        assert relative_error(model(x), dense) <= 1e-6
+    scored = copy.deepcopy(model).float()
+    open_ = [group for group in groups_of(model) if group.axis in DEFAULT and not group.whole]
+    found = innovations_of(scored, open_, [x[:6].float()], torch.Generator().manual_seed(0))
+    gates = add_gates_(scored, groups_of(model), open_, innovations=found)
+    assert relative_error(scored(x.float()), dense.float()) <= 1e-4
+    scores = fisher_scores(scored, gates, [x[:6].float()], torch.Generator().manual_seed(0))
+    assert all(score.any() and score.isfinite().all() for score in scores.values())
+    refitted(model, name, x, dense)
+
+
+@torch.no_grad()
+def refitted(model: nn.Module, name: str, x: torch.Tensor, dense: torch.Tensor) -> None:
+    """The refit brings a cut network nearer, and where it has no bias of its own a batch norm takes that in."""
+    groups = contract_of(model, (3, SIDE, SIDE)).groups
+    plan = random_plan(model, name, 1)
+    pruned = cut_(copy.deepcopy(model), plan)
+    before, norms = relative_error(pruned(x), dense), norm_means(pruned)
+    refit_(pruned, model, groups, plan, [x[:6], x[6:]])
+    assert relative_error(pruned(x), dense) < 0.7 * before
+    behind = [group.affine for group in groups if group.affine]
+    assert all(not torch.equal(norm_means(pruned)[norm], norms[norm]) for norm in behind[1:])
+
+
+def norm_means(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the batch norms of a network subtract."""
+    return {
+        name.removesuffix(".running_mean"): buffer.clone()
+        for name, buffer in model.named_buffers()
+        if name.endswith("running_mean")
+    }
