@@ -230,6 +230,23 @@ def refitted(model: nn.Module, name: str, x: torch.Tensor, dense: torch.Tensor) 
     assert all(not torch.equal(norm_means(pruned)[norm], norms[norm]) for norm in behind[1:])
 
 
+@torch.no_grad()
+def test_a_refit_goes_on_behind_any_block_where_streams_begin_anew():
+    model, x = network("mobilevitv2"), images(4).double()
+    groups, plan = contract_of(model, (3, SIDE, SIDE)).groups, random_plan(model, "mobilevitv2", 1)
+    pruned, states = cut_(copy.deepcopy(model), plan), {}
+
+    def kept(done: int) -> None:
+        states[done] = copy.deepcopy(pruned.state_dict())
+
+    refit_(pruned, model, groups, plan, [x], on_block=kept)
+    for done, state in list(states.items())[::2]:
+        again = cut_(copy.deepcopy(model), plan)
+        again.load_state_dict(state)
+        refit_(again, model, groups, plan, [x], begin=done)
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in pruned.state_dict().items())
+
+
 def norm_means(model: nn.Module) -> dict[str, torch.Tensor]:
     """What the batch norms of a network subtract."""
     return {
