@@ -66,7 +66,8 @@ class RunConfig(Frozen):
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
     recipe: str = Field(default="default", description="Named set of defaults: default, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
-        default=("mlp_hidden", "attn_query", "attn_value"), description="Axes that may be cut: " + ", ".join(AXES) + "."
+        default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
+        description="Axes that may be cut: " + ", ".join(AXES) + ".",
     )
     round_to: PositiveInt = Field(default=8, description="Kept widths are multiples of this.")
     min_width: Share = Field(default=0.05, description="Smallest share of an axis that a block keeps.")

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-Axis = Literal["mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads"]
-AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")
+Axis = Literal["mlp_io", "mlp_hidden", "conv_hidden", "attn_query", "attn_value", "heads"]
+AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "conv_hidden", "attn_query", "attn_value", "heads")
 PER_HEAD: tuple[Axis, ...] = ("attn_query", "attn_value")  # whose widths are those of one head
 
 Outputs = Literal["classes", "features"]  # logits of classes, or an embedding whose channels mean nothing alone
@@ -125,8 +125,8 @@ class Kept(Frozen):
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block."""
-        return self.site.rpartition(".")[0]
+        """What users know as the block."""
+        return block_of(self.site, self.axis)
 
     @property
     def kept_width(self) -> int:
@@ -137,6 +137,14 @@ class Kept(Frozen):
     def is_all(self) -> bool:
         """True when nothing is cut."""
         return len(self.kept_heads) == self.heads and self.kept_width == self.width
+
+
+def block_of(site: str, axis: Axis) -> str:
+    """What users know as the block: the module around a branch; an inverted bottleneck is one by itself.
+
+    So is a branch that nothing but the network is around.
+    """
+    return site if axis == "conv_hidden" else site.rpartition(".")[0] or site
 
 
 def _require_ascending(indices: Indices, width: int, what: str) -> None:

@@ -94,7 +94,7 @@ def open_dense(
     final, head_notes = with_head(sized, num_classes, path)
     new_head = bool(num_classes) and classes == 0
     model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
-    family = family_of(model).name
+    family = family_of(model)
     named = evidence.class_names is not None
     known, output_notes = outputs_of_file(
         model, outputs, final.architecture, located.layout, named=named, new_head=new_head

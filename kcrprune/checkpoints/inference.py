@@ -131,7 +131,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     if eps is not None and own != {eps}:
         notes.append(f"layer norms use epsilon {eps:g}: {eps_source}")
     found = Inferred(
-        Architecture(family=family_of(model).name, name=name, arguments=stated, norm_eps=None if own == {eps} else eps),
+        Architecture(family=family_of(model), name=name, arguments=stated, norm_eps=None if own == {eps} else eps),
         in_chans=model.in_chans,
         img_size=size,
         patch_size=model.patch_embed.patch_size[0],

@@ -1,64 +1,44 @@
 """Which networks kcrprune knows, and where their channels lie."""
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 import timm
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaBlock
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from kcrprune.errors import UnsupportedModelError
-from kcrprune.families.attentions import ATTENTIONS, SLIM
+from kcrprune.families.attentions import ATTENTIONS, SLIM_ATTENTIONS
+from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
+from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
+from kcrprune.families.hybrids import HYBRIDS, SLIM_HYBRIDS
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
+from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS
-BLOCKS: Final[dict[type, dict[str, Branch]]] = {  # those that add their branches to the input of a norm
-    Block: {"attn": Branch("norm1", "ls1", "norm2"), "mlp": Branch("norm2", "ls2")},
-    SwinTransformerBlock: {"attn": Branch("norm1", behind="norm2"), "mlp": Branch("norm2")},
-    EvaBlock: {"attn": Branch("norm1", "gamma_1", "norm2"), "mlp": Branch("norm2", "gamma_2")},
+RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES | HYBRIDS | CONVOLUTIONS
+BLOCKS: Final[dict[type, dict[str, Branch]]] = LINEAR_BLOCKS | CONVOLUTIONAL_BLOCKS
+SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES | SLIM_HYBRIDS
+FAMILIES: Final = {  # the names that some families had before a family was a module of timm
+    "vision_transformer": "vit",
+    "deit": "vit",
+    "swin_transformer": "swin",
+    "swin_transformer_v2": "swinv2",
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """A kind of network whose checkpoints are opened by name: timm's classes, exactly."""
-
-    name: str
-    model_classes: tuple[type[nn.Module], ...]
-
-
-FAMILIES: Final = (
-    Family("vit", (VisionTransformer, VisionTransformerDistilled)),
-    Family("swin", (SwinTransformer,)),
-    Family("swinv2", (SwinTransformerV2,)),
-    Family("eva", (Eva,)),
-)
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family of a network; UnsupportedModelError with the reason where there is none."""
-    for family in FAMILIES:
-        if type(model) in family.model_classes:
-            if groups_of(model):
-                return family
-            parts = sorted({type(module).__name__ for module in model.modules() if type(module).__name__[0] != "_"})
-            raise UnsupportedModelError(
-                f"this {type(model).__name__} has no part that kcrprune can cut; it is made of {', '.join(parts)}"
-            )
-    known = ", ".join(cls.__name__ for family in FAMILIES for cls in family.model_classes)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not a network that kcrprune can cut; it knows timm's {known}"
-    )
+def family_of(model: nn.Module) -> str:
+    """What the kind of a network is called; UnsupportedModelError with the reason where nothing of it can be cut."""
+    if not groups_of(model):
+        parts = sorted({type(module).__name__ for module in model.modules() if type(module).__name__[0] != "_"})
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no part that kcrprune can cut; it is made of {', '.join(parts)}"
+        )
+    module = type(model).__module__.rpartition(".")[2]
+    return FAMILIES.get(module, module)
 
 
 def groups_of(model: nn.Module) -> tuple[Group, ...]:
@@ -74,7 +54,7 @@ def contract_of(model: nn.Module, image: Tensor | tuple[int, int, int]) -> Contr
         image = torch.zeros(1, *image, device=weight.device, dtype=weight.dtype)
     owners = dict.fromkeys(slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head))
     named = [name for name in owners if isinstance(owner_of(model, name), nn.Module)]
-    attentions = list(dict.fromkeys(group.site for group in groups if group.axis == "attn_value"))
+    attentions = {group.site: group.heads for group in groups if group.axis == "attn_value"}
     training = model.training
     positions, pairs = observe(model.eval(), named, attentions, image)
     model.train(training)
@@ -100,7 +80,7 @@ def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> 
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = architecture.norm_eps
-    return model.eval()
+    return forget_caches_(model).eval()
 
 
 __all__ = [
@@ -109,7 +89,6 @@ __all__ = [
     "RULES",
     "SLIM",
     "Contract",
-    "Family",
     "FeatureTap",
     "Group",
     "Key",
@@ -120,6 +99,7 @@ __all__ = [
     "contract_of",
     "family_of",
     "find_groups",
+    "forget_caches_",
     "groups_of",
     "kept_widths",
     "outputs_of",

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kcrprune.families.contract import Basis, Group, Rule, Slot, Tie
 from kcrprune.families.slim import SlimAttention
+from kcrprune.plan import PER_HEAD, Axis
 
 LARGEST_TEMPERATURE: Final = math.log(100)  # Swin V2's clamp of its learned logit scale
 
@@ -25,7 +26,8 @@ class SlimPlain(SlimAttention, Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # noqa: FBT001, FBT002 (timm calls it)
         """Self-attention over (B, N, D)."""
         q, k, v = self.split(self.qkv(x))
-        return self.project(self.norm(self.attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal=is_causal)))
+        attended = self.norm(self.attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal=is_causal))
+        return self.project(self.weighed(x, attended))
 
 
 class SlimWindow(SlimAttention, WindowAttention):
@@ -42,21 +44,29 @@ class SlimWindowV2(SlimAttention, WindowAttentionV2):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Self-attention inside each window over (B * windows, N, D), `mask` (windows, N, N)."""
-        q, k, v = self.split(_with_biases(self, x))
-        q = self.unit(q) * self.logit_scale.clamp(max=LARGEST_TEMPERATURE).exp()
+        q, k, v = self.split(with_biases(self, x))
+        q = unit(self, q) * self.logit_scale.clamp(max=LARGEST_TEMPERATURE).exp()
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         bias = 16 * table[self.relative_position_index].permute(2, 0, 1).sigmoid()
-        return self.project(self.attend_in_windows(q, self.unit(k), v, bias, mask))
-
-    def unit(self, x: Tensor) -> Tensor:
-        """The vectors of x (B, h, N, d) over its length in the channels that are open."""
-        if self.query_gate is None:
-            return F.normalize(x, dim=-1)
-        return x * (x * self.gated(x)).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
+        return self.project(self.attend_in_windows(q, unit(self, k), v, bias, mask))
 
 
-class SlimEva(SlimAttention, EvaAttention):
-    """EVA-02's and DINOv3's attention with rotary positions."""
+def unit(slim: SlimAttention, x: Tensor) -> Tensor:
+    """The vectors of x (B, h, N, d) over its length in the channels that are open."""
+    if slim.query_gate is None:
+        return F.normalize(x, dim=-1)
+    return x * (x * slim.gated(x)).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
+class Rotary(SlimAttention):
+    """Attention with rotary positions; what EVA's and timm's own have in common."""
+
+    qkv: nn.Linear | None
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    num_prefix_tokens: int
+    rotate_half: bool
 
     def forward(
         self,
@@ -70,9 +80,9 @@ class SlimEva(SlimAttention, EvaAttention):
             parts: Any = (self.q_proj, self.k_proj, self.v_proj)
             q, k, v = (self.by_head(part(x)) for part in parts)
         else:
-            q, k, v = self.split(_with_biases(self, x))
+            q, k, v = self.split(with_biases(self, x))
         q, k = (self.turned(part, rope) for part in (self.q_norm(q), self.k_norm(k)))
-        return self.project(self.norm(self.attend(q, k, v, attn_mask, is_causal=is_causal)))
+        return self.project(self.weighed(x, self.norm(self.attend(q, k, v, attn_mask, is_causal=is_causal))))
 
     def turned(self, x: Tensor, rope: Tensor | None) -> Tensor:
         """The vectors of x (B, h, N, query_dim) with the rotations of the channels that it keeps."""
@@ -93,78 +103,115 @@ class SlimEva(SlimAttention, EvaAttention):
         return torch.cat([half.index_select(-3, self.kept_heads).gather(-1, index) for half in halves], dim=-1)
 
 
-def _with_biases(attention: Any, x: Tensor) -> Tensor:
-    """q, k and v side by side, from a linear whose biases lie beside it."""
-    if attention.q_bias is None:
+class SlimEva(Rotary, EvaAttention):
+    """EVA-02's and DINOv3's attention."""
+
+
+class SlimRope(Rotary, AttentionRope):
+    """timm's attention with rotary positions: PE, RoPE-ViT, Sapiens, the encoders of Qwen and DeepSeek."""
+
+
+def with_biases(attention: Any, x: Tensor) -> Tensor:
+    """q, k and v side by side, from a linear whose biases lie beside it, if there are any."""
+    if getattr(attention, "q_bias", None) is None:
         return attention.qkv(x)
     return attention.qkv(x) + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
 
 
-def _rule(
+def attention_rule(
+    q: str = "qkv:0 q_proj q_bias",
+    k: str = "qkv:1 k_proj k_bias",
+    v: str = "qkv:2 v_proj v_bias",
     *,
+    norm: str = "norm",
     per_head: tuple[Slot, ...] = (),
     basis: Basis = "free",
     tie: Callable[[Any], Tie] = lambda attention: "",
+    only: Callable[[Any], tuple[Axis, ...]] = lambda attention: (*PER_HEAD, "heads"),
 ) -> Rule:
-    """The rule of an attention whose q, k and v lie side by side in `qkv`, or in linears of their own."""
+    """The rule of an attention that ends in a linear `proj`, whose inputs are the channels of its heads side by side.
+
+    `q`, `k` and `v` name the owners that write each: `qkv:1` is the second part of an owner of several, and what a
+    module lacks is no owner; `norm` is one before `proj`. `only` says which axes may be cut where not all may.
+    """
 
     def groups(site: str, module: nn.Module) -> tuple[Group, ...]:
         attention: Any = module
+        if not isinstance(attention.proj, nn.Linear) or getattr(attention, "num_kv_groups", 1) > 1:
+            return ()
         heads = attention.num_heads
         width = attention.proj.in_features // heads
-        inner = heads * width
-        entries = tuple(slot.below(site) for slot in per_head)
 
-        def written(part: int, letter: str) -> tuple[Slot, ...]:
-            owners = [("qkv", part * inner), (f"{letter}_proj", 0), (f"{letter}_bias", 0)]
-            there = [(name, start) for name, start in owners if getattr(attention, name, None) is not None]
-            return tuple(Slot(f"{site}.{name}", 0, start, width) for name, start in there)
+        def slot(word: str) -> Slot:
+            name, _, part = word.partition(":")
+            return Slot(f"{site}.{name}", 0, int(part or 0) * heads * width, width)
 
-        if getattr(attention, "gate", None) is not None:  # its output is multiplied by a gate as wide as all heads
-            return ()
+        def slots(words: str) -> tuple[Slot, ...]:
+            return tuple(slot(word) for word in words.split() if not _absent(attention, word.partition(":")[0]))
+
+        open_ = only(attention)
         plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")
-        norm = None if _absent(attention, "norm") else f"{site}.norm"
-        value = written(2, "v") + ((Slot(norm, 0, 0, width),) if norm else ())
+        turns = plain and "attn_query" in open_
+        bare = _absent(attention, norm) and _absent(attention, "gate")  # proj reads what attention makes
         return (
             Group(
                 site,
                 "attn_query",
                 heads,
                 width,
-                written(0, "q") + written(1, "k"),
+                slots(q) + slots(k),
                 tie=tie(attention),
-                basis=basis if plain else "fixed",
-                whole=not plain,
+                basis=basis if turns else "fixed",
+                whole=not turns,
             ),
             Group(
                 site,
                 "attn_value",
                 heads,
                 width,
-                value,
+                slots(f"{v} gate {norm}"),
                 (Slot(f"{site}.proj", 1, 0, width),),
-                norm=norm,
-                basis="fixed" if norm else "free",
+                norm=None if _absent(attention, norm) else f"{site}.{norm}",
+                basis="free" if bare and "attn_value" in open_ else "fixed",
+                whole="attn_value" not in open_,
             ),
-            Group(site, "heads", 1, heads, per_head=entries),
+            Group(
+                site,
+                "heads",
+                1,
+                heads,
+                per_head=tuple(slot.below(site) for slot in per_head if not _absent(attention, slot.owner)),
+                whole="heads" not in open_,
+            ),
         )
 
     return groups
 
 
 def _absent(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name, None), nn.Identity | None)
+    """Whether a module has nothing of that dotted name, or nothing that does anything."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return isinstance(found, nn.Identity | None)
 
 
-SLIM: Final[dict[type, type[SlimAttention]]] = {
+def pairs_of(attention: Any) -> Tie:
+    """Which channels rotary positions turn together."""
+    return "halves" if attention.rotate_half else "neighbours"
+
+
+SLIM_ATTENTIONS: Final[dict[type, type[SlimAttention]]] = {
     Attention: SlimPlain,
     WindowAttention: SlimWindow,
     WindowAttentionV2: SlimWindowV2,
     EvaAttention: SlimEva,
+    AttentionRope: SlimRope,
 }
 ATTENTIONS: Final[dict[type, Rule]] = {
-    Attention: _rule(),
-    WindowAttention: _rule(per_head=(Slot("relative_position_bias_table", 1),)),
-    WindowAttentionV2: _rule(per_head=(Slot("logit_scale", 0), Slot("cpb_mlp.2", 0)), basis="orthogonal"),
-    EvaAttention: _rule(basis="fixed", tie=lambda attention: "halves" if attention.rotate_half else "neighbours"),
+    Attention: attention_rule(),
+    WindowAttention: attention_rule(per_head=(Slot("relative_position_bias_table", 1),)),
+    WindowAttentionV2: attention_rule(per_head=(Slot("logit_scale", 0), Slot("cpb_mlp.2", 0)), basis="orthogonal"),
+    EvaAttention: attention_rule(basis="fixed", tie=pairs_of),
+    AttentionRope: attention_rule(basis="fixed", tie=pairs_of),
 }

@@ -8,11 +8,12 @@ are derived from that. No rule speaks of the residual stream, which keeps its wi
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Literal
 
 from torch import Tensor, nn
 
-from kcrprune.plan import Axis
+from kcrprune.plan import Axis, block_of
 
 Key = tuple[str, Axis]  # site and axis: what a width is decided for
 Tie = Literal["", "neighbours", "halves"]
@@ -23,7 +24,8 @@ Basis = Literal["free", "orthogonal", "fixed"]
 class Slot:
     """Where the channels of a group lie in one dimension of one owner: channel c of head h at start + h * stride + c.
 
-    The owner is a module with a weight (a linear, a norm; its bias goes with dimension 0), or a bare tensor.
+    The owner is a module with a weight (a linear, a convolution, a norm; its bias, and what a batch norm has seen, go
+    with dimension 0), or a bare tensor.
     """
 
     owner: str  # dotted name
@@ -34,6 +36,10 @@ class Slot:
     def below(self, site: str) -> "Slot":
         """The same slot with its owner's name inside a site."""
         return replace(self, owner=f"{site}.{self.owner}")
+
+    def places(self, heads: int, width: int) -> list[int]:
+        """Where all channels of all heads lie, head by head."""
+        return [self.start + head * self.stride + channel for head in range(heads) for channel in range(width)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Group:
     stream: str | None = None  # the module whose input is the stream that the branch is added to
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
+    affine: str | None = None  # a batch norm right behind the reader
+    told: str = ""  # an attribute of the branch module that holds the width
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 
@@ -66,8 +74,8 @@ class Group:
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block."""
-        return self.site.rpartition(".")[0]
+        """What users know as the block."""
+        return block_of(self.site, self.axis)
 
     @property
     def span(self) -> int:
@@ -101,7 +109,8 @@ class Group:
 class Branch:
     """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
 
-    `behind` is the norm of the next branch; '' where the block ends with this one.
+    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the
+    block ends with this one.
     """
 
     norm: str
@@ -110,6 +119,14 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+
+
+def newer(module: str, name: str) -> type:
+    """A class that only a newer timm has; where the installed one lacks it, a class that no module is of."""
+    try:
+        return getattr(import_module(f"timm.models.{module}"), name)
+    except (ImportError, AttributeError):
+        return type(name, (), {})
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
@@ -132,13 +149,13 @@ def find_groups(
 def _placed(model: nn.Module, group: Group, blocks: Mapping[type, Mapping[str, Branch]]) -> Group:
     """A group with what the block around its branch says of the stream."""
     block = model.get_submodule(group.block)
-    branch = blocks.get(type(block), {}).get(group.site.rpartition(".")[2])
+    branch = blocks.get(type(block), {}).get(group.site[len(group.block) :].lstrip("."))
     if branch is None:
         return group
     scaled = branch.scale and not isinstance(getattr(block, branch.scale, None), nn.Identity | None)
     return replace(
         group,
-        stream=f"{group.block}.{branch.norm}",
+        stream=f"{group.block}.{branch.norm}" if branch.norm else group.site,
         behind=f"{group.block}.{branch.behind}" if branch.behind else None,
         scale=f"{group.block}.{branch.scale}" if scaled else None,
     )

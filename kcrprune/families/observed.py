@@ -1,7 +1,8 @@
 """What one forward pass shows: which weights are used where and how often, and what they read and put out.
 
 Linears are watched where their weight is used and not where their module is called, because EVA, BEiT and Swin V2 call
-`F.linear(x, self.qkv.weight, ...)`, on which a hook never fires.
+`F.linear(x, self.qkv.weight, ...)`, on which a hook never fires. What a 1x1 convolution reads and gives is shown with
+its channels last, as a linear's.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +29,15 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call itself, seen where it is a product with a watched weight."""
         result = func(*args, **(kwargs or {}))
-        if see := self.watching(func, args, kwargs or {}):
+        see = self.watching(func, args, kwargs or {})
+        if see is None:
+            return result
+        if func is F.linear:
             see(args[0], result)
-        return result
+            return result
+        result = result.movedim(1, -1)  # goes on into the network, so that it has a gradient
+        see(args[0].movedim(1, -1), result)
+        return result.movedim(-1, 1)
 
     def watching(self, func: Any, args: Any, kwargs: Any) -> Callable[..., None] | None:
         """What wants to see this call."""
@@ -53,7 +60,7 @@ def watching(model: nn.Module, seen: Mapping[str, See]) -> Iterator[None]:
 class _Reading(Watch):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if see := self.watching(func, args, kwargs or {}):
-            see(args[0])
+            see(args[0] if func is F.linear else args[0].movedim(1, -1))
         return func(*args, **(kwargs or {}))
 
 
@@ -73,6 +80,7 @@ class Observer(TorchFunctionMode):
         self.positions: dict[str, int] = {}  # in the order of the first call
         self.pairs: dict[str, int] = {}
         self.site: str | None = None  # the attention that is running
+        self.heads = 1  # of it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call itself, counted."""
@@ -87,24 +95,30 @@ class Observer(TorchFunctionMode):
         return result
 
     def _count_pairs(self, func: Any, query: Tensor, key: Tensor) -> None:
-        """Rows times keys, heads apart, of the first product of an attention: (B, h, N, d) by (B, h, M, d)."""
-        if self.site is None or query.ndim != 4:
+        """Rows times keys, heads apart, of the first product of an attention: (..., N, d) by (..., M, d)."""
+        if self.site is None or query.ndim < 3:
             return
         keys = key.shape[-2] if func is F.scaled_dot_product_attention else key.shape[-1]
-        self.pairs[self.site] = self.pairs.get(self.site, 0) + query.shape[0] * query.shape[2] * keys
+        self.pairs[self.site] = self.pairs.get(self.site, 0) + query.shape[:-1].numel() // self.heads * keys
         self.site = None  # the second product is that of the scores with v
 
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, owners: list[str], attentions: list[str], image: Tensor
+    model: nn.Module, owners: list[str], attentions: Mapping[str, int], image: Tensor
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows that pass each owner of a weight, in the order of the forward pass, and pairs of each attention."""
+    """Rows that pass each owner of a weight, in the order of the forward pass, and pairs of each attention.
+
+    `attentions` says how many heads each has.
+    """
     weights = {name: getattr(model.get_submodule(name), "weight", None) for name in owners}
     observer = Observer({id(weight): name for name, weight in weights.items() if isinstance(weight, Tensor)})
 
     def enter(name: str) -> Any:
-        return lambda module, inputs: setattr(observer, "site", name)
+        def see(module: nn.Module, inputs: Any) -> None:
+            observer.site, observer.heads = name, attentions[name]
+
+        return see
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         observer.site = None

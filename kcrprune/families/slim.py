@@ -39,16 +39,21 @@ class SlimAttention(nn.Module):
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             slim.__dict__[shared] = copy.copy(dense.__dict__[shared])
         slim.__class__ = cls
-        slim.query_dim = slim.value_dim = slim.proj.in_features // slim.num_heads
+        slim.query_dim, slim.value_dim = slim.dense_widths()
         slim.query_gate = None
         for name in ("kept_heads", "channels"):
             slim.register_buffer(name, None, persistent=False)
         return slim
 
+    def dense_widths(self) -> tuple[int, int]:
+        """Channels of a head, of q and k and of v, before any cut."""
+        width = self.proj.in_features // self.num_heads
+        return width, width
+
     def narrow_(self, heads: Sequence[int], query: Sequence[Sequence[int]], value_dim: int) -> None:
         """Takes note of what was kept: the channels of q and k of each head, and how many of v."""
         self.num_heads, self.query_dim, self.value_dim = len(heads), len(query[0]), value_dim
-        device = self.proj.weight.device
+        device = next(self.parameters()).device
         self.kept_heads, self.channels = torch.tensor(heads, device=device), torch.tensor(query, device=device)
 
     def by_head(self, x: Tensor) -> Tensor:
@@ -94,6 +99,15 @@ class SlimAttention(nn.Module):
             scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         x = self.attn_drop(scores.softmax(dim=-1)) @ v
         return x.transpose(1, 2).flatten(2)
+
+    def weighed(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What attention made (B, N, h * value_dim), times what its gate makes of x where it has one."""
+        gate = getattr(self, "gate", None)
+        return attended if gate is None else attended * gate(x).sigmoid()
+
+    def of_kept_heads(self, x: Tensor | None) -> Tensor | None:
+        """Of something that is made for all dense heads (..., h, N, d), that of the kept ones."""
+        return x if x is None or self.kept_heads is None else x.index_select(-3, self.kept_heads)
 
     def project(self, x: Tensor) -> Tensor:
         """The branch's output from (B, N, h * value_dim)."""

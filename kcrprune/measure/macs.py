@@ -62,7 +62,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def _multiplies(operator: str) -> bool:
     name = operator.removeprefix("aten::")
-    return name not in {"mul", "mul_"} and any(word in name for word in MATRIX_WORDS)
+    return (
+        name not in {"mul", "mul_"} and not name.startswith("upsample") and any(word in name for word in MATRIX_WORDS)
+    )
 
 
 @contextmanager

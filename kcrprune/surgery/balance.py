@@ -121,8 +121,10 @@ def _see_reader(group: Group, moments: HeadMoments) -> See:
 
 
 def _see_writer(group: Group, slot: Slot, total: Tensor, *, is_key: bool) -> See:
+    places = torch.tensor(slot.places(group.heads, group.width), device=total.device)
+
     def see(inputs: Tensor, output: Tensor) -> None:
-        x = output[..., slot.start : slot.start + group.heads * group.width]
+        x = output.index_select(-1, places)
         x = x.unflatten(-1, (group.heads, group.width))  # (windows, T, h, d)
         if group.basis == "orthogonal":
             x = nn.functional.normalize(x, dim=-1)
@@ -189,6 +191,6 @@ def _rotate_rows_(model: nn.Module, group: Group, slot: Slot, rotation: Tensor) 
     tensors = [owner] if isinstance(owner, Tensor) else [owner.weight, owner.bias]
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            part = tensor[slot.start : slot.start + group.heads * group.width]  # a view
-            rows = part.view(group.heads, group.width, -1)  # (h, d, D or 1)
-            rows.copy_(rotation @ rows.double())
+            places = torch.tensor(slot.places(group.heads, group.width), device=tensor.device)
+            rows = tensor[places].view(group.heads, group.width, -1).double()  # (h, d, D or 1)
+            tensor[places] = (rotation @ rows).to(tensor).view(len(places), *tensor.shape[1:])

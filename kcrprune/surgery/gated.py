@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import SLIM, Group
+from kcrprune.families.linears import Linear
 from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.plan import ChannelPlan
@@ -21,20 +22,23 @@ Gate = Callable[[], Tensor]
 class GatedLinear(nn.Linear):
     """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one.
 
-    With `innovations` the gates act on those of the inputs, so that closing them along their order is a cut with its
-    refit. They belong to the network as it is: where its weights train on, they age.
+    Of a 1x1 convolution it is the same over positions, (B, C, H, W) to (B, O, H, W), with its weight as it is. With
+    `innovations` the gates act on those of the inputs, so that closing them along their order is a cut with its refit.
+    They belong to the network as it is: where its weights train on, they age.
     """
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Linear,
         *,
         in_gate: Gate | None = None,
         out_gate: Gate | None = None,
         innovations: Innovations | None = None,
     ) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        outputs, inputs = linear.weight.shape[:2]
+        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.over_positions = isinstance(linear, nn.Conv2d)
         self.in_gate, self.out_gate = in_gate, out_gate
         self.innovations = innovations
         self._held: tuple[int, Tensor] | None = None  # W B, and the version of W that it was made of
@@ -44,17 +48,26 @@ class GatedLinear(nn.Linear):
 
         Gates on innovations that each image has of its own are open, and there for their gradient.
         """
+        if self.over_positions:
+            return self._of_rows(input.movedim(1, -1)).movedim(-1, 1)
+        return self._of_rows(input)
+
+    def _of_rows(self, input: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
         gate = None if self.in_gate is None else self.in_gate()
         if gate is None:
-            output = super().forward(input)
+            output = self._product(input)
         elif self.innovations is None:
-            output = super().forward(times(input, gate))
+            output = self._product(times(input, gate))
         elif gate.ndim == 1:
             output = nn.functional.linear(input, *self._closed_weight(1 - gate, self.innovations))
         else:
             synthesis = self._synthesis(self.innovations).detach()
-            output = _OpenGates.apply(super().forward(input), input, gate, self.innovations, synthesis)
+            output = _OpenGates.apply(self._product(input), input, gate, self.innovations, synthesis)
         return output if self.out_gate is None else times(output, self.out_gate())
+
+    def _product(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.flatten(1), self.bias)
 
     def _closed_weight(self, closed: Tensor, innovations: Innovations) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of what closed gates (I,), the same for all images, leave: two products of weights a step.
@@ -63,16 +76,16 @@ class GatedLinear(nn.Linear):
         """
         with torch.autocast(self.weight.device.type, enabled=False):
             held = self._synthesis(innovations) * closed.float()  # (O, I)
-            weight = self.weight.float() - held @ innovations.analysis
+            weight = self.weight.flatten(1).float() - held @ innovations.analysis
             mean = held @ (innovations.analysis @ innovations.mean)
             return weight.to(self.weight.dtype), mean.to(self.weight.dtype) if self.bias is None else self.bias + mean
 
     def _synthesis(self, innovations: Innovations) -> Tensor:
         """W B; made anew only where the weight has changed."""
         if self.weight.requires_grad:
-            return self.weight.float() @ innovations.synthesis
+            return self.weight.flatten(1).float() @ innovations.synthesis
         if self._held is None or self._held[0] != self.weight._version:
-            self._held = self.weight._version, self.weight.float() @ innovations.synthesis
+            self._held = self.weight._version, self.weight.flatten(1).float() @ innovations.synthesis
         return self._held[1]
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from kcrprune.errors import PlanMismatchError
 from kcrprune.families import SLIM, Group, Slot, groups_of, owner_of
+from kcrprune.families.linears import Linear
 from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
 from kcrprune.surgery.norm import GatedNorm
 from kcrprune.surgery.swap import linear_at, swap_
@@ -22,8 +24,8 @@ class GatherLinear(nn.Linear):
 
     index: Tensor
 
-    def __init__(self, linear: nn.Linear, index: Sequence[int]) -> None:
-        super().__init__(len(index), linear.out_features, linear.bias is not None, device="meta")
+    def __init__(self, linear: Linear, index: Sequence[int]) -> None:
+        super().__init__(len(index), len(linear.weight), linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("index", torch.tensor(index, device=linear.weight.device))
 
@@ -41,8 +43,8 @@ class ScatterLinear(nn.Linear):
 
     index: Tensor
 
-    def __init__(self, linear: nn.Linear, rows: Sequence[int], width: int) -> None:
-        super().__init__(linear.in_features, len(rows), linear.bias is not None, device="meta")
+    def __init__(self, linear: Linear, rows: Sequence[int], width: int) -> None:
+        super().__init__(linear.weight.shape[1], len(rows), linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         index = torch.full((width,), len(rows), device=linear.weight.device)
         index[list(rows)] = torch.arange(len(rows), device=index.device)
@@ -92,6 +94,8 @@ def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     for name, dims in index.items():
         _shrink_(model, name, dims)
     for group in groups:
+        if group.told:
+            setattr(model.get_submodule(group.site), group.told, entries[group.key].kept_width)
         if group.wide and not entries[group.key].is_all:
             _index_(model, group, entries[group.key].channels[0])
     return model
@@ -186,16 +190,19 @@ def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
                 f"{of}: {key[1]} of {key[0]!r} has {planned[key][0]} x {planned[key][1]} channels there, and "
                 f"{sizes[0]} x {sizes[1]} here"
             )
+    entire = {group.site for group in groups if group.axis == "heads" and group.whole}  # all of whose heads stay
     for group in groups:
         if group.axis != "heads":
-            _check_entry(group, next(kept for kept in plan.groups if kept.key == group.key))
+            kept = next(kept for kept in plan.groups if kept.key == group.key)
+            _check_entry(group, kept, heads_stay=group.site in entire)
 
 
-def _check_entry(group: Group, kept: Kept) -> None:
+def _check_entry(group: Group, kept: Kept, *, heads_stay: bool) -> None:
     """PlanMismatchError where what must stay or go together does not."""
     whole = all(len(channels) == group.width for channels in kept.channels)
     paired = all(group.channels(_units(group, channels)) == channels for channels in kept.channels)
-    if (group.whole and not whole) or not paired:
+    lost = heads_stay and len(kept.kept_heads) < group.heads
+    if (group.whole and not whole) or not paired or lost:
         raise PlanMismatchError(f"{group.axis} of {group.site!r}: the plan parts channels that cannot be parted")
 
 
@@ -214,10 +221,21 @@ def _shrink_(model: nn.Module, name: str, dims: Mapping[int, list[int]]) -> None
     for dim, index in dims.items():
         kept = kept.index_select(dim, torch.tensor(index, device=kept.device))
     setattr(module, key, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+    _tell_(module)
+
+
+def _tell_(module: nn.Module) -> None:
+    """Brings what a module states of its sizes to those of its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        depthwise = module.groups > 1
+        module.out_channels, module.groups = len(module.weight), len(module.weight) if depthwise else 1
+        module.in_channels = module.groups * module.weight.shape[1]
+    elif isinstance(module, BatchNorm):
+        module.num_features = len(module.weight)
     elif isinstance(getattr(module, "normalized_shape", None), tuple):
-        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[union-attr]
+        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[arg-type,union-attr]
 
 
 def _index_(model: nn.Module, group: Group, kept: Sequence[int]) -> None:

@@ -8,7 +8,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from kcrprune.families.linears import Linear, matrix
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.sums import Sums, gram
 
@@ -36,14 +38,15 @@ class NormalEquations(Sums):
         self.cross[:-1] += z.T @ residual
         self.cross[-1] += residual.sum(0)
 
-    def behind(self, wanted: nn.Linear, linear: nn.Linear, rows: Tensor | None) -> "NormalEquations":
-        """Those of `linear` where the residuals so far are how far its inputs z are from those of `wanted`.
+    def behind(self, wanted: "Fitted", fitted: "Fitted", rows: Tensor | None) -> "NormalEquations":
+        """Those of `fitted` where the residuals so far are how far its inputs z are from those of `wanted`.
 
         With x the inputs of `wanted` and V, c its weight and bias, of which `rows` are taken, its outputs are nearer by
         V x + c - (W z + b) = V (x - z) + (V - W) z + c - b.
         """
-        theirs = [tensor.double() if rows is None else tensor.double()[rows] for tensor in _with_bias(wanted)]
-        changes = [v - w.double() for v, w in zip(theirs, _with_bias(linear), strict=True)]
+        both = (wanted.weight, wanted.bias), (fitted.weight, fitted.bias)
+        theirs = [tensor.double() if rows is None else tensor.double()[rows] for tensor in both[0]]
+        changes = [v - w.double() for v, w in zip(theirs, both[1], strict=True)]
         change = torch.cat([changes[0], changes[1][:, None]], dim=1)  # (O, I + 1)
         return NormalEquations(self.gram, self.cross @ theirs[0].T + self.gram @ change.T)
 
@@ -59,16 +62,39 @@ class NormalEquations(Sums):
         return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it
 
 
-@ALGEBRA.running()
-def correct_(linear: nn.Linear, sums: NormalEquations, ridge: float) -> None:
-    """Moves weight and bias of a linear to the solution, of the sums of all processes."""
-    sums.sum_over_processes_()
-    change = sums.correction(ridge, bias=linear.bias is not None)  # (O, I + 1)
-    linear.weight.add_(change[:, :-1].to(linear.weight))
-    if linear.bias is not None:
-        linear.bias.add_(change[:, -1].to(linear.bias))
+@dataclass(frozen=True)
+class Fitted:
+    """A linear with the batch norm right behind it, if there is one, whose running mean counts as a bias.
 
+    So a linear without a bias of its own can be given one.
+    """
 
-def _with_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight = linear.weight
-    return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+    linear: Linear
+    norm: BatchNorm | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I)."""
+        return matrix(self.linear)
+
+    @property
+    def bias(self) -> Tensor:
+        """(O,); zeros where there is none."""
+        bias = self.weight.new_zeros(len(self.weight)) if self.linear.bias is None else self.linear.bias
+        return bias if self.norm is None or self.norm.running_mean is None else bias - self.norm.running_mean
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        return nn.functional.linear(z, self.weight, self.bias)
+
+    @ALGEBRA.running()
+    def correct_(self, sums: NormalEquations, ridge: float) -> None:
+        """Moves weight and bias to the solution, of the sums of all processes."""
+        sums.sum_over_processes_()
+        mean = None if self.norm is None else self.norm.running_mean
+        change = sums.correction(ridge, bias=self.linear.bias is not None or mean is not None)  # (O, I + 1)
+        self.linear.weight.add_(change[:, :-1].view_as(self.linear.weight).to(self.linear.weight))
+        if self.linear.bias is not None:
+            self.linear.bias.add_(change[:, -1].to(self.linear.bias))
+        elif mean is not None:
+            mean.sub_(change[:, -1].to(mean))

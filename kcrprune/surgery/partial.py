@@ -1,6 +1,6 @@
 """Parts of a network by themselves: its blocks one after the other, and what a module inside one of them sees."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.observed import ReachedError, reading
 from kcrprune.surgery.swap import swap_
 
@@ -18,7 +17,9 @@ from kcrprune.surgery.swap import swap_
 class Step:
     """One block on the way of the stream through a network.
 
-    `entry` are the modules between the block before and this one. What a block is handed beside the stream (rotary
+    `entry` are the modules between the block before and this one; where they are no modules in a row, and before the
+    first block, the stream lies `apart`: it is taken from the images. `keeps` says that the block keeps the stream's
+    shape. What a block is handed beside the stream (rotary
     positions, masks) is taken from one pass, since it does not depend on the images.
     """
 
@@ -26,6 +27,10 @@ class Step:
     entry: tuple[str, ...]
     extras: tuple[Any, ...]
     keywords: Mapping[str, Any]
+    apart: bool = False
+    keeps: bool = True
+    alone: bool = False  # no stream leads through the block
+    holds: frozenset[str] = frozenset()  # the block and others inside it
 
 
 class Block(nn.Module):
@@ -41,45 +46,104 @@ class Block(nn.Module):
         return self.inside(stream, *self.step.extras, **self.step.keywords)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module in a pass."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    output: Any
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether one tensor goes in first and one comes out."""
+        return isinstance(self.output, Tensor) and bool(self.inputs) and isinstance(self.inputs[0], Tensor)
+
+    @property
+    def beside(self) -> list[Tensor]:
+        """The tensors that the module is handed beside the stream."""
+        return [value for value in (*self.inputs[1:], *self.keywords.values()) if isinstance(value, Tensor)]
+
+
 @torch.no_grad()
 def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
     """How the stream passes the blocks, seen in one pass over `images`.
 
-    UnsupportedModelError where it reaches a block by more than modules in a row.
+    No stream leads through a block that is handed more of the images, or for each of them, than one tensor, or gives
+    more than one. A block inside another one that a stream leads through is no step of its own.
     """
-    calls: list[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]] = []  # in the order of their ends
+    calls = _calls(model, blocks, images)
+    alone = {call.name for call in calls if call.name in blocks and not call.is_stream}
+    if any(call.beside for call in calls if call.name in blocks):
+        others = _calls(model, blocks, torch.zeros_like(images).repeat(2, 1, 1, 1))
+        alone |= {
+            call.name
+            for call, other in zip(calls, others, strict=True)
+            if call.name in blocks
+            and not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
+        }
+    return tuple(_steps(calls, blocks, alone))
+
+
+def _around(blocks: Sequence[str], alone: Set[str]) -> dict[str, str]:
+    """Each block with the outermost one around it that a stream leads through, or itself."""
+    around = {}
+    for block in blocks:
+        outer = [name for name in blocks if name not in alone and block.startswith(f"{name}.")]
+        around[block] = min(outer, key=len, default=block)
+    return around
+
+
+def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Call]:
+    """The calls of blocks and of what is not inside one, in the order of their ends."""
+    calls: list[_Call] = []
 
     def see(name: str) -> Callable[..., None]:
-        return lambda module, inputs, keywords, output: calls.append((name, inputs, keywords, output))
+        return lambda module, inputs, keywords, output: calls.append(_Call(name, inputs, keywords, output))
 
     inside = tuple(f"{block}." for block in blocks)
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    names = [name for name, _ in model.named_modules() if name in blocks or (name and not name.startswith(inside))]
     hooks = [model.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in names]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(_steps(calls, blocks))
+    return calls
 
 
-def _steps(calls: Sequence[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]], blocks: Sequence[str]) -> list[Step]:
-    made_by = {id(output): (name, inputs) for name, inputs, _, output in calls if name not in blocks}
+def _steps(calls: Sequence[_Call], blocks: Sequence[str], alone: Set[str]) -> list[Step]:
+    made_by = {id(call.output): call for call in calls if call.name not in blocks}
+    around = _around(blocks, alone)
     steps: list[Step] = []
     previous: Any = None
-    for name, inputs, keywords, output in calls:
-        if name not in blocks:
+    for call in calls:
+        if around.get(call.name) != call.name:
             continue
-        entry: list[str] = []
-        stream = inputs[0]
-        while steps and stream is not previous:
-            if id(stream) not in made_by or len(entry) > len(calls):
-                raise UnsupportedModelError(f"the way of the stream from {steps[-1].block} to {name} is not understood")
-            module, (stream, *_) = made_by[id(stream)]
-            entry.insert(0, module)
-        steps.append(Step(name, tuple(entry), inputs[1:], keywords))
-        previous = output
+        holds = frozenset(name for name in blocks if around[name] == call.name)
+        if call.name in alone:
+            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True, holds=holds))
+            previous = None
+            continue
+        entry = _between(previous, call.inputs[0], made_by) if previous is not None else None
+        keeps = call.output.shape == call.inputs[0].shape
+        extras, apart = call.inputs[1:], entry is None
+        steps.append(Step(call.name, entry or (), extras, call.keywords, apart, keeps, holds=holds))
+        previous = call.output
     return steps
+
+
+def _between(before: Any, after: Any, made_by: Mapping[int, _Call]) -> tuple[str, ...] | None:
+    """The modules that one tensor passes, in a row, to become the other; None where there is more to it."""
+    entry: list[str] = []
+    while after is not before:
+        call = made_by.get(id(after))
+        if call is None or len(entry) > len(made_by):
+            return None
+        entry.insert(0, call.name)
+        after = call.inputs[0] if call.inputs else None
+    return tuple(entry)
 
 
 def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:

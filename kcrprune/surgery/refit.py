@@ -13,19 +13,24 @@ Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.families.linears import channels_last, is_linear
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.kept import Keep, on
 from kcrprune.surgery.narrow import IndexMap, index_map
-from kcrprune.surgery.normal_equations import NormalEquations, correct_
+from kcrprune.surgery.normal_equations import Fitted, NormalEquations
 from kcrprune.surgery.partial import (
     Block,
     RealTokens,
+    Step,
     as_branch_sees,
     from_behind,
     input_of,
@@ -68,9 +73,10 @@ def refit_(
 
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
-    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all. Memory:
-    two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
-    and for each input of its linears and each of its branches in the dense network; all where `keep` puts
+    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all; but the
+    linears of a block that no stream leads through are fitted to their own dense outputs, each in a pass of its own.
+    Memory: two residual streams of all images, and while a block is refitted one more for each of its branches but the
+    last, and for each input of its linears and each of its branches in the dense network; all where `keep` puts
     them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
@@ -81,28 +87,26 @@ def refit_(
     keep = keep or on(device)
     whole = _Pair(dense, pruned, ridge, device, keep)
     dense_streams, cut_streams = [], []
-    for images in _moved(batches, device):
-        dense_streams.append(keep(input_of(dense, steps[0].block, images)))
-        cut_streams.append(keep(input_of(pruned, steps[0].block, images)))
     touched = {name.rpartition(".")[0] for name in kept}
     cut = False
     for done, step in enumerate(steps, start=1):
+        if step.apart and not step.alone:
+            whole.restart_(step.block, batches, dense_streams, cut_streams)
         for name in step.entry:
             whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut and done > begin)
         pair = whole.at(step.block)
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
-        if cut and done > begin:
-            here = [group for group in groups if group.block == step.block]
+        here = [group for group in groups if group.block in step.holds]
+        if step.alone:
+            whole.refit_alone_(_fits(dense, "", here, rows) if cut and done > begin else (), batches)
+        elif cut and done > begin:
             _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
     if cut:
-        names = {module: name for name, module in pruned.named_modules()}
-        for classifier in classifiers(pruned):
-            pairs = whole.behind([step.block for step in steps], names[classifier], batches, dense_streams, cut_streams)
-            whole.refit_reader_(names[classifier], pairs, strength=CLASSIFIER_RIDGE)
+        whole.refit_classifiers_(steps, batches, dense_streams, cut_streams)
     return pruned
 
 
@@ -111,7 +115,8 @@ class _Fit:
     """One linear of a block: what of its dense outputs it keeps, and which stream it brings back; names in a Block."""
 
     name: str
-    rows: Tensor | None
+    rows: Tensor | None = None
+    norm: str | None = None  # a batch norm right behind it
     site: str = ""
     before: str | None = None  # the norm that the branch reads the stream through; None: fit to its own dense output
     behind: str | None = None  # the next norm, whose input is the stream with the branch; None: the block's output
@@ -119,28 +124,42 @@ class _Fit:
 
 
 def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[str, Tensor]) -> Iterator[_Fit]:
-    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers."""
+    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers.
 
-    def inside(name: str | None) -> str | None:
-        return name and f"inside{name.removeprefix(block)}"
+    Their names are those in a Block; without a block, those in the network.
+    """
+
+    def inside(name: Any) -> Any:
+        return f"inside{name.removeprefix(block)}" if name and block else name
 
     for site in dict.fromkeys(group.site for group in groups):
         here = [group for group in groups if group.site == site and not group.wide]
-        readers = {slot.owner: group for group in here for slot in group.readers}
-        writers = [slot.owner for group in here for slot in group.writers]
-        for owner in dict.fromkeys([*writers, *readers]):
-            if not isinstance(owner_of(dense, owner), nn.Linear):
-                continue
-            fit = _Fit(f"inside{owner.removeprefix(block)}", rows.get(f"{owner}.weight"))
+        readers = {group.readers[0].owner: group for group in here if group.readers and group.block == block}
+        norms = _batch_norms(dense, here)
+        for owner in _linears(dense, here):
+            fit = _Fit(inside(owner), rows.get(f"{owner}.weight"), inside(norms.get(owner)))
             if group := readers.get(owner):
                 fit = replace(
                     fit,
-                    site=f"inside{site.removeprefix(block)}",
+                    site=inside(site),
                     before=inside(group.stream),
                     behind=inside(group.behind),
                     scale=inside(group.scale),
                 )
             yield fit
+
+
+def _linears(dense: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """Those that write or read the channels of some groups, in the order in which the network lists them."""
+    owners = {slot.owner for group in groups for slot in (*group.writers, *group.readers)}
+    return [name for name, module in dense.named_modules() if name in owners and is_linear(module)]
+
+
+def _batch_norms(dense: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+    """The batch norm right behind each linear that has one."""
+    found = {group.readers[0].owner: group.affine for group in groups if group.readers and group.affine}
+    behind = [pair for group in groups for pair in pairwise(slot.owner for slot in group.writers)]
+    return found | {owner: norm for owner, norm in behind if isinstance(owner_of(dense, norm), BatchNorm)}
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,41 @@ class _Pair:
         weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
         return not torch.stack([(ours != theirs).any() for ours, theirs in weights]).any()
 
+    def restart_(self, block: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams) -> None:
+        """Takes both streams before a block from the images."""
+        for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
+            streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
+
+    def refit_alone_(self, fits: Iterable["_Fit"], batches: Sequence[Tensor]) -> None:
+        """Fits linears to their own dense outputs, from the images."""
+        for fit in fits:
+            self.refit_reader_(fit, self.from_images(fit, batches))
+
+    def refit_classifiers_(
+        self, steps: Sequence[Step], batches: Sequence[Tensor], dense_streams: Streams, cut_streams: Streams
+    ) -> None:
+        """Fits the last linears of a network to their dense outputs: of the streams where these lead there."""
+        names = {module: name for name, module in self.cut.named_modules()}
+        led = not any(step.alone for step in steps) and all(step.keeps and not step.apart for step in steps[1:])
+        for name in [names[classifier] for classifier in classifiers(self.cut)]:
+            if led:
+                pairs = self.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
+            else:
+                pairs = self.from_images(_Fit(name), batches)
+            self.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
+
+    def from_images(self, fit: "_Fit", batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a fit takes of both, batch by batch, each in a pass of its own."""
+        reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
+        for images in _moved(batches, self.device):
+            x, z = read_by(self.dense, fit.name, images), read_by(self.cut, fit.name, images)
+            yield x if reads_all else own(x), z
+
+    def fitted(self, fit: "_Fit") -> tuple[Fitted, Fitted]:
+        """The linear of a fit in the dense module and in the cut one."""
+        parts = [(linear_at(of, fit.name), fit.norm and of.get_submodule(fit.norm)) for of in (self.dense, self.cut)]
+        return tuple(Fitted(linear, cast("BatchNorm | None", norm)) for linear, norm in parts)  # type: ignore[return-value]
+
     def advance_(self, dense_streams: Streams, cut_streams: Streams) -> None:
         """Moves both streams behind the module, batch by batch in place."""
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
@@ -171,9 +225,11 @@ class _Pair:
 
     def refit_entry_(self, dense_streams: Streams, cut_streams: Streams, *, cut: bool) -> None:
         """Refits what lies between two blocks where something was `cut` before, and moves both streams behind it."""
-        for name in [name for name, module in self.cut.named_modules() if cut and isinstance(module, nn.Linear)]:
+        for name in [name for name, module in self.cut.named_modules() if cut and is_linear(module)]:
             moved = (_moved(pair, self.device) for pair in zip(dense_streams, cut_streams, strict=True))
-            self.refit_reader_(name, ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved))
+            self.refit_reader_(
+                _Fit(name), ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved)
+            )
         self.advance_(dense_streams, cut_streams)
 
     def behind(
@@ -187,30 +243,28 @@ class _Pair:
 
     def refit_reader_(
         self,
-        name: str,
+        fit: "_Fit",
         pairs: Iterable[tuple[Tensor, Tensor]],
         *,
-        rows: Tensor | None = None,
         strength: float = 1.0,
     ) -> None:
-        """Fits the linear `name` to what it puts out in the dense module; `strength` multiplies the ridge.
+        """Fits a linear to what it puts out in the dense module; `strength` multiplies the ridge.
 
         `pairs` are what it reads in the dense module and in the cut one, batch by batch; where the cut took inputs from
-        it, what it puts out in the dense module and reads in the cut one. `rows` are the dense outputs that the cut
-        left to it; None is all of them.
+        it, what it puts out in the dense module and reads in the cut one.
         """
-        linear, wanted = linear_at(self.cut, name), linear_at(self.dense, name)
-        whole = self.reads_all(name)
-        width = linear.in_features if whole else linear.out_features
-        sums = NormalEquations.empty(linear.in_features, width, self.device)
+        wanted, fitted = self.fitted(fit)
+        whole = self.reads_all(fit.name)
+        outputs, inputs = fitted.weight.shape
+        sums = NormalEquations.empty(inputs, inputs if whole else outputs, self.device)
         for pair in pairs:
             x, z = (tensor.flatten(0, -2) for tensor in pair)
-            sums.add_(z, x - z if whole else _taken(x, rows) - nn.functional.linear(z, linear.weight, linear.bias))
-        correct_(linear, sums.behind(wanted, linear, rows) if whole else sums, strength * self.ridge)
+            sums.add_(z, x - z if whole else _taken(x, fit.rows) - fitted(z))
+        fitted.correct_(sums.behind(wanted, fitted, fit.rows) if whole else sums, strength * self.ridge)
 
     def reads_all(self, name: str) -> bool:
         """Whether the cut took no inputs from a linear."""
-        return linear_at(self.cut, name).in_features == linear_at(self.dense, name).in_features
+        return linear_at(self.cut, name).weight.shape[1] == linear_at(self.dense, name).weight.shape[1]
 
     def targets_(self, fits: Sequence[_Fit], dense_streams: Streams) -> dict[str, Streams]:
         """What the fits of a block need of the dense one, by fit, from the pass that moves its streams behind it.
@@ -218,6 +272,7 @@ class _Pair:
         For a linear that reads the stream, its inputs, or its outputs where the cut took inputs from it; for one that
         writes to it, the stream before the next branch.
         """
+        by_name = {fit.name: fit for fit in fits}
         reading = [fit.name for fit in fits if fit.before is None]
         behind = {fit.name: fit.behind for fit in fits if fit.before is not None and fit.behind is not None}
         found: dict[str, Streams] = {name: [] for name in (*reading, *behind)}
@@ -233,26 +288,27 @@ class _Pair:
                         kept[id(tensor)] = self.keep(tensor)
                     of_all.append(kept[id(tensor)])
                 else:
-                    own = linear_at(self.dense, name)
-                    of_all.append(self.keep(nn.functional.linear(tensor, own.weight, own.bias)))
+                    of_all.append(self.keep(self.fitted(by_name[name])[0](tensor)))
         return found
 
     def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: Replayed) -> None:
         """Fits a linear that writes to the stream to what brings the stream behind it to the dense one, `targets`."""
         assert fit.before is not None
-        linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
-        sums = NormalEquations.empty(linear.in_features, linear.out_features, self.device)
+        _, fitted = self.fitted(fit)
+        gamma, shift = self._affine(fit, fitted)
+        outputs, inputs = fitted.weight.shape
+        sums = NormalEquations.empty(inputs, outputs, self.device)
         real = self._reordered(fit, cut_in.one())
         for target, stream in zip(_moved(targets, self.device), cut_in, strict=True):
             seen = seen_in(self.cut, stream, linears=(fit.name,), modules=(fit.before,))
             z, before = seen[fit.name].flatten(0, -2), seen[fit.before]
-            wanted = target.view_as(before) - before
+            wanted = channels_last(fitted.linear, target.view_as(before) - before)
             if real is not None:
                 wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
                 wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
-            wanted = _taken((wanted / gamma).flatten(0, -2), fit.rows)
-            sums.add_(z, wanted - nn.functional.linear(z, linear.weight, linear.bias))
-        correct_(linear, sums, self.ridge)
+            wanted = _taken(((wanted - shift) / gamma).flatten(0, -2), fit.rows)
+            sums.add_(z, wanted - fitted(z))
+        fitted.correct_(sums, self.ridge)
 
     def _reordered(self, fit: _Fit, stream: Tensor) -> RealTokens | None:
         """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
@@ -261,17 +317,24 @@ class _Pair:
         def places(of: Tensor) -> Tensor:
             return torch.arange(of.numel(), device=of.device).view_as(of).to(of.dtype)
 
+        if fit.before == fit.site:  # no norm lies between
+            return None
         seen = as_branch_sees(self.cut, fit.before, fit.site, stream, places)
         if torch.equal(seen.flatten(), places(seen).flatten()):
             return None
         return real_tokens(self.cut, fit.before, fit.site, stream)
 
-    def _layer_scale(self, name: str | None) -> Tensor:
-        """LayerScale's factors, kept off zero: a channel that is scaled by nothing needs no target."""
-        if name is None:
-            return torch.ones((), device=self.device)
-        gamma = scale_of(self.cut, name)
-        return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma)
+    def _affine(self, fit: "_Fit", fitted: Fitted) -> tuple[Tensor, Tensor]:
+        """Factor and shift, of a batch norm and LayerScale, that a linear's outputs reach the stream through.
+
+        Factors are kept off zero: a channel that is scaled by nothing needs no target.
+        """
+        gamma = torch.ones((), device=self.device) if fit.scale is None else scale_of(self.cut, fit.scale)
+        shift = torch.zeros((), device=self.device)
+        if (norm := fitted.norm) is not None:
+            assert norm.running_var is not None
+            gamma, shift = gamma * norm.weight * (norm.running_var + norm.eps).rsqrt(), gamma * norm.bias
+        return torch.where(gamma.abs() < 1e-8, torch.full_like(gamma, 1e8), gamma), shift
 
 
 def _refit_block_(
@@ -291,9 +354,7 @@ def _refit_block_(
     for fit in [fit for fit in fits if fit not in last] + last:
         if fit.before is None:
             read = (read_by(pair.cut, fit.name, stream) for stream in cut_in)
-            pair.refit_reader_(
-                fit.name, zip(_moved(targets.pop(fit.name), pair.device), read, strict=True), rows=fit.rows
-            )
+            pair.refit_reader_(fit, zip(_moved(targets.pop(fit.name), pair.device), read, strict=True))
         else:
             pair.refit_to_stream_(fit, targets.pop(fit.name, dense_streams), cut_in)
         if fit.behind is not None:  # nothing of this branch is left to fit

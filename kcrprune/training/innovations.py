@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kcrprune import processes
 from kcrprune.families import Group
+from kcrprune.families.linears import Linear, matrix
 from kcrprune.families.observed import watching
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.innovations import Innovations, elimination_order
@@ -45,9 +46,9 @@ class LinearMoments:
     that a large mean costs the covariance no digits.
     """
 
-    def __init__(self, linear: nn.Linear, real: RealTokens | None = None) -> None:
+    def __init__(self, linear: Linear, real: RealTokens | None = None) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
-        inputs, outputs = linear.in_features, linear.out_features
+        outputs, inputs = linear.weight.shape[:2]
         self.sums = LinearSums(zeros(inputs), zeros(inputs, inputs), zeros(outputs, outputs))
         self.origin: Tensor | None = None
         self.real = real
@@ -130,9 +131,9 @@ def innovations_of(
         linear, sums = linear_at(model, name), moments.pop(name)
         sums.sum_over_processes_()
         # without a bias nothing can make up for the mean of an input that goes
-        mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None)
+        mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None or wanted[name].affine is not None)
         with ALGEBRA.running():
-            order = elimination_order(linear.weight.detach(), covariance, sums.sums.gradients, heads=group.heads)
+            order = elimination_order(matrix(linear).detach(), covariance, sums.sums.gradients, heads=group.heads)
             found[name] = Innovations.of(mean, covariance, order)
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kcrprune import processes
 from kcrprune.errors import DivergedError
+from kcrprune.families.linears import is_linear
 from kcrprune.method.objective import Loss
 from kcrprune.training.pace import Pace
 from kcrprune.training.randomness import generator
@@ -35,7 +36,7 @@ class Reconstruction:
 
         The linears alone are trained. Weights that end farther from `target` than they began are put back.
         """
-        linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        linears = [name for name, module in block.named_modules() if is_linear(module)]
         weights = [(name, weight) for name, weight in block.named_parameters() if name.rpartition(".")[0] in linears]
         optimizer = torch.optim.Adam(weights, lr=self.lr)
         pace = Pace(self.epochs * len(before))

@@ -20,7 +20,7 @@ from kcrprune.training.features import KernelWatch
 from kcrprune.training.losses import HeldOut
 from kcrprune.training.pace import Pace
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
-from kcrprune.training.step import Training
+from kcrprune.training.step import Training, train_
 
 CHECKS = 4  # how often the held-out loss is looked at
 
@@ -82,7 +82,7 @@ def recover_(
         loss = measure.loss(model)
         best = _Best(loss, loss, 0, copy.deepcopy(model.state_dict()))
     drawn = batches(training.done)
-    model.train()
+    train_(model)
     try:
         while not pace.ended:
             loss = training.step_(next(drawn))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kcrprune import processes
-from kcrprune.families import Group, Slot, outputs_of
+from kcrprune.families import Group, Slot, outputs_of, owner_of
 from kcrprune.method.budget import Scores
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
@@ -107,17 +107,16 @@ def magnitude_scores(model: nn.Module, gates: Gates, groups: Sequence[Group]) ->
 
 def _magnitudes(model: nn.Module, group: Group) -> Tensor:
     """Squared norms of the weights of each channel, (heads * width,)."""
-    linears = [slot for slot in (*group.writers, *group.readers) if _is_linear(model, slot)]
+    matrices = [slot for slot in (*group.writers, *group.readers) if _is_matrix(model, slot)]
     total = torch.zeros(group.heads * group.width, device=next(model.parameters()).device)
-    for slot in linears:
-        squares = model.get_submodule(slot.owner).weight.square().sum(1 - slot.dim)  # type: ignore[union-attr,operator]
-        total += squares[slot.start : slot.start + len(total)]
+    for slot in matrices:
+        squares = owner_of(model, slot.owner).weight.square().transpose(0, slot.dim).flatten(1).sum(1)  # type: ignore[union-attr,operator]
+        total += squares[torch.tensor(slot.places(group.heads, group.width), device=total.device)]
     return total
 
 
-def _is_linear(model: nn.Module, slot: Slot) -> bool:
-    parent, _, name = slot.owner.rpartition(".")
-    return isinstance(getattr(model.get_submodule(parent), name), nn.Linear)
+def _is_matrix(model: nn.Module, slot: Slot) -> bool:
+    return isinstance(owner_of(model, slot.owner), nn.Linear | nn.Conv2d)
 
 
 def prices(gates: Gates, cost: MacCost) -> Tensor:
