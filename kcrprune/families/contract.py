@@ -104,8 +104,8 @@ class Group:
 class Branch:
     """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
 
-    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the block
-    ends with this one.
+    `norm` is '' where the branch takes in the stream itself; `behind` is the norm of the next branch, '' where the
+    block ends with this one.
     """
 
     norm: str

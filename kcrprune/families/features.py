@@ -10,10 +10,13 @@ from kcrprune.plan import Outputs
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
-    """The last linear layers: one, two for a distilled network, none for a bare backbone."""
-    found = model.get_classifier()  # type: ignore[operator]
-    found = found if isinstance(found, tuple) else (found,)
-    return tuple(layer for layer in found if isinstance(layer, nn.Linear))
+    """The last linear layers: one, two for a distilled network or one of two branches, none for a bare backbone."""
+    found: Any = getattr(model, "get_classifier", nn.Identity)()
+    heads = found if isinstance(found, tuple | nn.ModuleList) else (found,)
+    linears = (
+        [layer for layer in head.modules() if isinstance(layer, nn.Linear)] for head in heads if head is not None
+    )
+    return tuple(layers[-1] for layers in linears if layers)
 
 
 def outputs_of(model: nn.Module) -> Outputs:

@@ -19,8 +19,8 @@ class Step:
 
     `entry` are the modules between the block before and this one; where they are no modules in a row, and before the
     first block, the stream lies `apart`: it is taken from the images. `keeps` says that the block keeps the stream's
-    shape. What a block is handed beside the stream (rotary
-    positions, masks) is taken from one pass, since it does not depend on the images.
+    shape. What a block is handed beside the stream (rotary positions, masks) is taken from one pass, since it does not
+    depend on the images.
     """
 
     block: str
@@ -69,8 +69,8 @@ class _Call:
 def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
     """How the stream passes the blocks, seen in one pass over `images`.
 
-    Through a block that is handed more of the images, or for each of them, than one tensor, gives more than one, or has others inside, no
-    stream leads.
+    No stream leads through a block that is handed more of the images, or for each of them, than one tensor, gives more
+    than one, or has other blocks inside.
     """
     alone = {outer for outer in blocks if any(inner.startswith(f"{outer}.") for inner in blocks)}
     calls = _calls(model, blocks, images)

@@ -30,6 +30,7 @@ from kcrprune.surgery.normal_equations import Fitted, NormalEquations
 from kcrprune.surgery.partial import (
     Block,
     RealTokens,
+    Step,
     as_branch_sees,
     from_behind,
     input_of,
@@ -73,9 +74,9 @@ def refit_(
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
     in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
     block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all; but the
-    linears of a block that no stream leads through are fitted to their own dense outputs, each in a pass of its own. Memory:
-    two residual streams of all images, and while a block is refitted one more for each of its branches but the last,
-    and for each input of its linears and each of its branches in the dense network; all where `keep` puts
+    linears of a block that no stream leads through are fitted to their own dense outputs, each in a pass of its own.
+    Memory: two residual streams of all images, and while a block is refitted one more for each of its branches but the
+    last, and for each input of its linears and each of its branches in the dense network; all where `keep` puts
     them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
@@ -98,21 +99,14 @@ def refit_(
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
         here = [group for group in groups if group.block == step.block]
         if step.alone:
-            for fit in _fits(dense, "", here, rows) if cut and done > begin else ():
-                whole.refit_reader_(fit, whole.from_images(fit, batches))
+            whole.refit_alone_(_fits(dense, "", here, rows) if cut and done > begin else (), batches)
         elif cut and done > begin:
             _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
     if cut:
-        names = {module: name for name, module in pruned.named_modules()}
-        for name in [names[classifier] for classifier in classifiers(pruned)]:
-            if any(step.apart or not step.keeps for step in steps[1:]):
-                pairs = whole.from_images(_Fit(name), batches)
-            else:
-                pairs = whole.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
-            whole.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
+        whole.refit_classifiers_(steps, batches, dense_streams, cut_streams)
     return pruned
 
 
@@ -192,6 +186,24 @@ class _Pair:
         """Takes both streams before a block from the images."""
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
             streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
+
+    def refit_alone_(self, fits: Iterable["_Fit"], batches: Sequence[Tensor]) -> None:
+        """Fits linears to their own dense outputs, from the images."""
+        for fit in fits:
+            self.refit_reader_(fit, self.from_images(fit, batches))
+
+    def refit_classifiers_(
+        self, steps: Sequence[Step], batches: Sequence[Tensor], dense_streams: Streams, cut_streams: Streams
+    ) -> None:
+        """Fits the last linears of a network to their dense outputs: of the streams where these lead there."""
+        names = {module: name for name, module in self.cut.named_modules()}
+        led = not any(step.alone for step in steps) and all(step.keeps and not step.apart for step in steps[1:])
+        for name in [names[classifier] for classifier in classifiers(self.cut)]:
+            if led:
+                pairs = self.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
+            else:
+                pairs = self.from_images(_Fit(name), batches)
+            self.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
 
     def from_images(self, fit: "_Fit", batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """What a fit takes of both, batch by batch, each in a pass of its own."""
