@@ -1,7 +1,7 @@
 """Writes what kcrprune knows of timm's networks, from the installed timm: `python docs/networks.py`.
 
-Every network that timm registers is built on the meta device, which takes no memory, and some of them run there; half an
-hour in all. Written are, in kcrprune/checkpoints, signatures.json (those that can be cut, and all that have the same
+Every network that timm registers is built on the meta device, which takes no memory, and some of them run there; half
+an hour in all. Written are, in kcrprune/checkpoints, signatures.json (those that can be cut, and all that have the same
 tensors), registry.json (those of registry.MODULES that shapes tell) and networks.json (what of each can be cut, or why
 not), and networks.md beside this file.
 """
@@ -37,11 +37,13 @@ TABLES = ROOT / "kcrprune" / "checkpoints"
 PAGE = ROOT / "docs" / "networks.md"
 INTRODUCTION = """# Networks
 
-Written by `python docs/networks.py` with timm {version}; do not edit. `kcrprune inspect --list` prints the same for each name.
+Written by `python docs/networks.py` with timm {version}; do not edit. `kcrprune inspect --list` prints the same for
+each name.
 
-{cut} of the {all} networks that timm registers can be cut. {transformers} of them are transformers, which here says that
-a module of theirs is an attention (by the name of its class); {transformers_cut} of these can be cut, {complete} in all
-of their attentions. A network whose sizes are not timm's opens where its kind is a ViT or a Swin.
+{cut} of the {all} networks that timm registers can be cut. {transformers} of them are transformers, which here says
+that a module of theirs is an attention (by the name of its class, `kcrprune/families/whole.py`); {transformers_cut} of
+these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's opens where its kind is a
+ViT or a Swin.
 
 The floor is the smallest share of the MACs that all axes together reach, at the registered image size.
 """
@@ -51,11 +53,16 @@ def networks() -> Iterator[tuple[str, nn.Module]]:
     """Every network that timm registers and can build without memory."""
     for name in timm.list_models():
         try:
-            with torch.device("meta"):
-                model = timm.create_model(name).eval().requires_grad_(False)
+            model = outline(name)
         except (NotImplementedError, RuntimeError, ValueError):  # it computes with its weights while it is built
             continue
         yield name, model
+
+
+def outline(name: str) -> nn.Module:
+    """A registered network on the meta device."""
+    with torch.device("meta"):
+        return timm.create_model(name).eval().requires_grad_(False)
 
 
 def is_covered(model: nn.Module) -> bool:
