@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kcrprune import pipeline
 from kcrprune.events import ignore
-from kcrprune.families import Group, build, contract_of, groups_of
+from kcrprune.families import Group, build, contract_of, groups_of, kept_widths
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import kept_of
 from kcrprune.method.cost import MacCost
@@ -177,6 +178,15 @@ def dense_macs(label: str) -> int:
     """Counted once a network: tracing takes a second."""
     tiny = next(tiny for tiny in TINY if tiny.label == label)
     return count_macs(tiny.model(), tiny.input_size)
+
+
+@torch.no_grad()
+def torch_macs(model: nn.Module, image: torch.Tensor) -> int:
+    """By torch's own counter, in which one multiply-accumulate is two FLOPs."""
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, kept_widths(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

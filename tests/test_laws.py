@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from kcrprune.families import Group, classifiers, contract_of, groups_of, kept_widths, owner_of
+from kcrprune.families import Group, classifiers, contract_of, groups_of, owner_of
 from kcrprune.families.observed import watching
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.cost import dense_widths
@@ -23,7 +22,7 @@ from kcrprune.surgery.gated import harden_, plan_mask, remove_gates_
 from kcrprune.surgery.narrow import cut_, expand_, full_plan, index_map
 from kcrprune.surgery.normal_equations import NormalEquations
 from kcrprune.surgery.refit import refit_
-from tests.conftest import TINY, Tiny, cost_of, gated, random_plan, relative_error
+from tests.conftest import TINY, Tiny, cost_of, gated, random_plan, relative_error, torch_macs
 
 SEEDS = st.integers(0, 2**16)
 MANY = settings(
@@ -64,15 +63,7 @@ def test_predicted_macs_are_counted_macs_by_two_counters(tiny: Tiny, seed: int):
     pruned = cut(model, plan)
     predicted = cost_of(model, tiny).predicted(plan)
     assert predicted == count_macs(pruned, tiny.input_size)
-    assert predicted == second_count(pruned, tiny)
-
-
-def second_count(model: nn.Module, tiny: Tiny) -> int:
-    """torch's own counter, in which one multiply-accumulate is two FLOPs."""
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), math, kept_widths(), FlopCounterMode(display=False) as counter:
-        model(tiny.images(1))
-    return counter.get_total_flops() // 2
+    assert predicted == torch_macs(pruned, tiny.images(1))
 
 
 @each_tiny

@@ -6,6 +6,7 @@ order; equal networks and records give equal bytes. A hash over the weights is c
 
 from collections.abc import Mapping
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
@@ -189,10 +190,15 @@ def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any)
     channels, height, width = contract.preprocessing.input_size
     if size is None or sides(size) == (height, width):
         return contract, ()
-    patch = outline.patch_embed.patch_size
+    built_for = "img_size" in signature(type(outline)).parameters
+    patches = getattr(outline, "patch_embed", None)
+    if built_for and patches is None:
+        raise ConfigError(f"--img-size {size_text(size)}: a {type(outline).__name__} keeps the size that it was cut at")
+    patch = getattr(patches, "patch_size", (1, 1))
     if any(side % step for side, step in zip(sides(size), patch, strict=True)):
         raise ConfigError(f"--img-size {size_text(size)} is no multiple of the patch size {size_text(patch)}")
-    arguments = contract.architecture.arguments | {"img_size": size if isinstance(size, int) else list(size)}
+    told = {"img_size": size if isinstance(size, int) else list(size)} if built_for else {}
+    arguments = contract.architecture.arguments | told
     changed = {
         "architecture": contract.architecture.model_copy(update={"arguments": arguments}),
         "preprocessing": contract.preprocessing.model_copy(update={"input_size": (channels, *sides(size))}),
@@ -204,8 +210,9 @@ def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any)
 
 def _check_use(contract: Contract, outline: Any, shapes: Shapes, path: Path) -> None:
     """CheckpointError where images or class names are not those of the network's inputs and outputs."""
-    size = as_size(getattr(outline.patch_embed, "img_size", None))
-    takes = (outline.in_chans, *sides(size)) if size else contract.preprocessing.input_size
+    first = next(module for module in outline.modules() if isinstance(module, nn.Conv2d))
+    size = as_size(getattr(getattr(outline, "patch_embed", None), "img_size", None))
+    takes = (first.in_channels, *(sides(size) if size else contract.preprocessing.input_size[1:]))
     if contract.preprocessing.input_size != takes:
         raise CheckpointError(
             f"{path} prepares images of {contract.preprocessing.input_size}, its network takes {takes} (channels, "

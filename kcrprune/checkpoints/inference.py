@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Self
@@ -151,6 +152,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     return found if classes == model.num_classes else found.changed(num_classes=classes)
 
 
+@cache
 def takes_size(name: str) -> bool:
     """Whether timm builds a registered network for images of a size; others take any."""
     return "img_size" in signature(type(build_outline(Architecture(family="", name=name), Path()))).parameters

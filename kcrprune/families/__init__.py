@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM_ATTENTIONS
-from kcrprune.families.blocks import BLOCKS
-from kcrprune.families.contract import Contract, Group, Key, Rule, Slot, find_groups, owner_of
+from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
+from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
+from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
@@ -17,7 +18,8 @@ from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES
+RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES | CONVOLUTIONS
+BLOCKS: Final[dict[type, dict[str, Branch]]] = LINEAR_BLOCKS | CONVOLUTIONAL_BLOCKS
 SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES
 FAMILIES: Final = {  # the names that some families had before a family was a module of timm
     "vision_transformer": "vit",
@@ -77,7 +79,7 @@ def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> 
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = architecture.norm_eps
-    return model.eval()
+    return forget_caches_(model).eval()
 
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "contract_of",
     "family_of",
     "find_groups",
+    "forget_caches_",
     "groups_of",
     "kept_widths",
     "outputs_of",

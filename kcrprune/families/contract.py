@@ -59,6 +59,7 @@ class Group:
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
     affine: str | None = None  # a batch norm right behind the reader
+    told: str = ""  # an attribute of the branch module that holds the width
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 

@@ -8,6 +8,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from kcrprune.families.contract import Group, Rule, Slot
+from kcrprune.families.linears import is_linear
 
 COORDINATES: Final = 3  # an MLP that reads no more is one of positions, inside an attention, and no branch
 
@@ -18,13 +19,16 @@ def _rule(*writers: str, reader: str = "fc2", norm: str = "norm", packed: bool =
     def groups(site: str, module: nn.Module) -> tuple[Group, ...]:
         last: Any = module.get_submodule(reader)
         first: Any = module.get_submodule(writers[0])
-        if not isinstance(last, nn.Linear) or first.in_features <= COORDINATES:  # timm's has 1x1 convolutions as well
+        if not is_linear(last) or first.weight.shape[1] <= COORDINATES:
             return ()
-        width, hidden = last.out_features, last.in_features
+        width, hidden = last.weight.shape[:2]
         starts = (0, hidden) if packed else (0,)
         written = tuple(Slot(f"{site}.{name}", 0, start) for name in writers for start in starts)
         between = f"{site}.{norm}" if norm and not isinstance(module.get_submodule(norm), nn.Identity) else None
-        return (
+        over_positions = isinstance(last, nn.Conv2d)  # timm's has 1x1 convolutions as well
+        if over_positions and between:
+            return ()
+        io = (
             Group(
                 site,
                 "mlp_io",
@@ -34,6 +38,8 @@ def _rule(*writers: str, reader: str = "fc2", norm: str = "norm", packed: bool =
                 tuple(Slot(f"{site}.{name}", 1) for name in writers),
                 wide=True,
             ),
+        )
+        inner = (
             Group(
                 site,
                 "mlp_hidden",
@@ -44,6 +50,7 @@ def _rule(*writers: str, reader: str = "fc2", norm: str = "norm", packed: bool =
                 norm=between,
             ),
         )
+        return inner if over_positions else io + inner  # no stream of feature maps is gathered
 
     return groups
 

@@ -22,7 +22,7 @@ Gate = Callable[[], Tensor]
 class GatedLinear(nn.Linear):
     """A linear with gates on its inputs, its outputs or both; weight and bias are those of the dense one.
 
-    Of a 1x1 convolution it is the same over positions, (B, C, H, W) to (B, O, H, W), its weight in its own shape. With
+    Of a 1x1 convolution it is the same over positions, (B, C, H, W) to (B, O, H, W), with its weight as it is. With
     `innovations` the gates act on those of the inputs, so that closing them along their order is a cut with its refit.
     They belong to the network as it is: where its weights train on, they age.
     """

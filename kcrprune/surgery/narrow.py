@@ -94,6 +94,8 @@ def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     for name, dims in index.items():
         _shrink_(model, name, dims)
     for group in groups:
+        if group.told:
+            setattr(model.get_submodule(group.site), group.told, entries[group.key].kept_width)
         if group.wide and not entries[group.key].is_all:
             _index_(model, group, entries[group.key].channels[0])
     return model

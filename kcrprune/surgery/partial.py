@@ -19,8 +19,8 @@ class Step:
 
     `entry` are the modules between the block before and this one; where they are no modules in a row, and before the
     first block, the stream lies `apart`: it is taken from the images. `keeps` says that the block keeps the stream's
-    shape. What a block is handed beside the stream (rotary positions, masks) is taken from one pass, since it does not
-    depend on the images.
+    shape. What a block is handed beside the stream (rotary
+    positions, masks) is taken from one pass, since it does not depend on the images.
     """
 
     block: str
@@ -30,6 +30,7 @@ class Step:
     apart: bool = False
     keeps: bool = True
     alone: bool = False  # no stream leads through the block
+    holds: frozenset[str] = frozenset()  # the block and others inside it
 
 
 class Block(nn.Module):
@@ -69,11 +70,11 @@ class _Call:
 def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
     """How the stream passes the blocks, seen in one pass over `images`.
 
-    No stream leads through a block that is handed more of the images, or for each of them, than one tensor, gives more
-    than one, or has other blocks inside.
+    No stream leads through a block that is handed more of the images, or for each of them, than one tensor, or gives
+    more than one. A block inside another one that a stream leads through is no step of its own.
     """
-    alone = {outer for outer in blocks if any(inner.startswith(f"{outer}.") for inner in blocks)}
     calls = _calls(model, blocks, images)
+    alone = {call.name for call in calls if call.name in blocks and not call.is_stream}
     if any(call.beside for call in calls if call.name in blocks):
         others = _calls(model, blocks, torch.zeros_like(images).repeat(2, 1, 1, 1))
         alone |= {
@@ -83,6 +84,15 @@ def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step,
             and not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
         }
     return tuple(_steps(calls, blocks, alone))
+
+
+def _around(blocks: Sequence[str], alone: Set[str]) -> dict[str, str]:
+    """Each block with the outermost one around it that a stream leads through, or itself."""
+    around = {}
+    for block in blocks:
+        outer = [name for name in blocks if name not in alone and block.startswith(f"{name}.")]
+        around[block] = min(outer, key=len, default=block)
+    return around
 
 
 def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Call]:
@@ -105,18 +115,21 @@ def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Cal
 
 def _steps(calls: Sequence[_Call], blocks: Sequence[str], alone: Set[str]) -> list[Step]:
     made_by = {id(call.output): call for call in calls if call.name not in blocks}
+    around = _around(blocks, alone)
     steps: list[Step] = []
     previous: Any = None
     for call in calls:
-        if call.name not in blocks:
+        if around.get(call.name) != call.name:
             continue
-        if call.name in alone or not call.is_stream:
-            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True))
+        holds = frozenset(name for name in blocks if around[name] == call.name)
+        if call.name in alone:
+            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True, holds=holds))
             previous = None
             continue
         entry = _between(previous, call.inputs[0], made_by) if previous is not None else None
         keeps = call.output.shape == call.inputs[0].shape
-        steps.append(Step(call.name, entry or (), call.inputs[1:], call.keywords, entry is None, keeps))
+        extras, apart = call.inputs[1:], entry is None
+        steps.append(Step(call.name, entry or (), extras, call.keywords, apart, keeps, holds=holds))
         previous = call.output
     return steps
 

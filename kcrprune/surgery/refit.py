@@ -97,7 +97,7 @@ def refit_(
         pair = whole.at(step.block)
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
-        here = [group for group in groups if group.block == step.block]
+        here = [group for group in groups if group.block in step.holds]
         if step.alone:
             whole.refit_alone_(_fits(dense, "", here, rows) if cut and done > begin else (), batches)
         elif cut and done > begin:
@@ -134,7 +134,7 @@ def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[s
 
     for site in dict.fromkeys(group.site for group in groups):
         here = [group for group in groups if group.site == site and not group.wide]
-        readers = {group.readers[0].owner: group for group in here if group.readers}  # those that end a branch
+        readers = {group.readers[0].owner: group for group in here if group.readers and group.block == block}
         norms = _batch_norms(dense, here)
         for owner in _linears(dense, here):
             fit = _Fit(inside(owner), rows.get(f"{owner}.weight"), inside(norms.get(owner)))

@@ -19,7 +19,7 @@ from kcrprune.method.objective import Objective
 from kcrprune.training.features import KernelWatch
 from kcrprune.training.losses import HeldOut
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
-from kcrprune.training.step import Training
+from kcrprune.training.step import Training, train_
 
 CHECKS = 4  # how often the held-out loss is looked at
 
@@ -81,7 +81,7 @@ def recover_(
         loss = measure.loss(model)
         best = _Best(loss, loss, 0, copy.deepcopy(model.state_dict()))
     drawn = batches(training.done)
-    model.train()
+    train_(model)
     try:
         while training.done < steps:
             loss = training.step_(next(drawn))

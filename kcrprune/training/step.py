@@ -20,6 +20,17 @@ READ_EVERY: Final = {"cpu": 1, "cuda": 10}  # steps; a GPU waits when figures ar
 Batch = tuple[Tensor, Tensor]
 
 
+def train_(model: nn.Module) -> None:
+    """Puts a network into training mode, in which its batch norms keep the statistics that they have.
+
+    Those of a batch would depend on the parts that it is taken in, and a few steps find none that are as good.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 @dataclass
 class Training:
     """One stage that lowers a loss: its steps, and the figures that they leave in `history`.
