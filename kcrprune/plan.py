@@ -125,8 +125,8 @@ class Kept(Frozen):
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block."""
-        return self.site.rpartition(".")[0]
+        """The module around the branch, which users know as the block; the branch itself where nothing is around it."""
+        return self.site.rpartition(".")[0] or self.site
 
     @property
     def kept_width(self) -> int:

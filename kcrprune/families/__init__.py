@@ -16,16 +16,19 @@ from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
+from kcrprune.families.foreign import FOREIGN, FOREIGN_BLOCKS
+from kcrprune.families.given import Feed, Given
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS
-BLOCKS: Final[dict[type, dict[str, Branch]]] = {  # those that add their branches to the input of a norm
+RULES: Final[dict[type | str, Rule]] = {**MLPS, **ATTENTIONS, **FOREIGN}
+BLOCKS: Final[dict[type | str, dict[str, Branch]]] = {  # those that add their branches to the input of a norm
     Block: {"attn": Branch("norm1", "ls1", "norm2"), "mlp": Branch("norm2", "ls2")},
     SwinTransformerBlock: {"attn": Branch("norm1", behind="norm2"), "mlp": Branch("norm2")},
     EvaBlock: {"attn": Branch("norm1", "gamma_1", "norm2"), "mlp": Branch("norm2", "gamma_2")},
+    **FOREIGN_BLOCKS,
 }
 
 
@@ -63,13 +66,18 @@ def family_of(model: nn.Module) -> Family:
 
 def groups_of(model: nn.Module) -> tuple[Group, ...]:
     """Every group of a dense network, in the order of its modules; by the exact class of each branch module."""
+    if isinstance(model, Given):
+        return model.groups
     return find_groups(model, RULES, BLOCKS)
 
 
-def contract_of(model: nn.Module, image: Tensor | tuple[int, int, int]) -> Contract:
-    """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there."""
+def contract_of(model: nn.Module, image: Tensor | Feed | tuple[int, int, int]) -> Contract:
+    """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there.
+
+    Of a network in memory: what a batch meets.
+    """
     groups = groups_of(model)
-    if not isinstance(image, Tensor):
+    if isinstance(image, tuple):
         weight = next(model.parameters())
         image = torch.zeros(1, *image, device=weight.device, dtype=weight.dtype)
     owners = dict.fromkeys(slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head))

@@ -8,7 +8,7 @@ are derived from that. No rule speaks of the residual stream, which keeps its wi
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -66,8 +66,8 @@ class Group:
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block."""
-        return self.site.rpartition(".")[0]
+        """The module around the branch, which users know as the block; the branch itself where nothing is around it."""
+        return self.site.rpartition(".")[0] or self.site
 
     @property
     def span(self) -> int:
@@ -110,6 +110,20 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+Rules = Mapping[type | str, Rule]  # by exact class, or by its name where its library is not loaded for it
+Blocks = Mapping[type | str, Mapping[str, Branch]]
+
+T = TypeVar("T")
+
+
+def class_name(cls: type) -> str:
+    """How a class is named without loading it: `module:Class`."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def of_class(table: Mapping[type | str, T], cls: type) -> T | None:
+    """The entry of exactly this class, by itself or by its name."""
+    return table.get(cls) or table.get(class_name(cls))
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
@@ -118,30 +132,36 @@ def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
     return getattr(model.get_submodule(parent), last)
 
 
-def find_groups(
-    model: nn.Module, rules: Mapping[type, Rule], blocks: Mapping[type, Mapping[str, Branch]]
-) -> tuple[Group, ...]:
+def find_groups(model: nn.Module, rules: Rules, blocks: Blocks) -> tuple[Group, ...]:
     """Every group of a network, by the exact class of each of its modules; `blocks` knows what lies around branches."""
     found: list[Group] = []
     for name, module in model.named_modules():
-        if rule := rules.get(type(module)):
+        if rule := of_class(rules, type(module)):
             found += (_placed(model, group, blocks) for group in rule(name, module))
     return tuple(group for group in found if group.stream or not group.wide)
 
 
-def _placed(model: nn.Module, group: Group, blocks: Mapping[type, Mapping[str, Branch]]) -> Group:
+def _placed(model: nn.Module, group: Group, blocks: Blocks) -> Group:
     """A group with what the block around its branch says of the stream."""
     block = model.get_submodule(group.block)
-    branch = blocks.get(type(block), {}).get(group.site.rpartition(".")[2])
+    branch = (of_class(blocks, type(block)) or {}).get(group.site.rpartition(".")[2])
     if branch is None:
         return group
-    scaled = branch.scale and not isinstance(getattr(block, branch.scale, None), nn.Identity | None)
+    scaled = branch.scale and not isinstance(_found(block, branch.scale), nn.Identity | None)
     return replace(
         group,
         stream=f"{group.block}.{branch.norm}",
         behind=f"{group.block}.{branch.behind}" if branch.behind else None,
         scale=f"{group.block}.{branch.scale}" if scaled else None,
     )
+
+
+def _found(block: nn.Module, name: str) -> object:
+    """What a block holds under a dotted name; None where there is nothing."""
+    try:
+        return owner_of(block, name)
+    except AttributeError:
+        return None
 
 
 @dataclass(frozen=True)

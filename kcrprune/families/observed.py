@@ -97,7 +97,7 @@ class Observer(TorchFunctionMode):
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, owners: list[str], attentions: list[str], image: Tensor
+    model: nn.Module, owners: list[str], attentions: list[str], image: Any
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Rows that pass each owner of a weight, in the order of the forward pass, and pairs of each attention."""
     weights = {name: getattr(model.get_submodule(name), "weight", None) for name in owners}

@@ -1,6 +1,7 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from kcrprune.measure.report import Comparison
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE, Asked
-from kcrprune.run.stage import Results, execute
+from kcrprune.run.stage import Results, Stage, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
 
@@ -46,16 +47,19 @@ def compress(
         if folders.finished(folder):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
             return RunResult(folder, folders.comparison(folder))
-        return RunResult(folder, _finish(context, folder, asked, given))
+        return RunResult(folder, finish(context, folder, asked, given))
 
 
-def load(context: Context) -> Results:
+def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:
     """The network and the images of a run, or the refusal of what cannot work."""
     with context.part("load"):
-        return execute(REFUSALS, context, wanted=("open", "images"))
+        return execute(stages, context, wanted=("open", "images"))
 
 
-def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Comparison:
+def finish(
+    context: Context, folder: Path, asked: Asked, given: Results, stages: Sequence[Stage] = STAGES
+) -> Comparison:
+    """Executes what is left of a run in its folder."""
     if not (folder / MODEL_FILE).is_file():  # it costs too much to find that out in the end
         require_room(folder / MODEL_FILE, 4 * count_parameters(given["open"].dense))
     before = Asked.read(folder)
@@ -63,6 +67,6 @@ def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Com
         context.tell(f"changed since the run was stopped: {', '.join(changed)}; what depends on it is made again")
     asked.write(folder)
     context.folder, store = folder, Store(folder / STORE)
-    comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
+    comparison = execute(stages, context, store, given, wanted=("save",))["save"]
     store.drop_tensors()
     return comparison

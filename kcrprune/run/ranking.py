@@ -90,7 +90,7 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
             innovations = innovations_of(
-                model, opened, scoring, generator(settings.seed, "order", 0, "labels"), network.opened.outputs
+                model, opened, scoring, generator(settings.seed, "order", 0, "labels"), network.outputs
             )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
     with context.part("score", plain_pass=plain):
@@ -114,7 +114,7 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
     if settings.ranked_by == "equal":
         return equal_scores(gates, network.cost)
     drawn = generator(settings.seed, "score", 0, "labels")
-    return fisher_scores(model, gates, scoring, drawn, network.opened.outputs)
+    return fisher_scores(model, gates, scoring, drawn, network.outputs)
 
 
 def tighten(
@@ -125,7 +125,7 @@ def tighten(
     for number in range(1, settings.tighten_steps):
         model = tightened.model(network) if tightened else network.with_weights(balanced)
         share = settings.target_flops ** (number / settings.tighten_steps)
-        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.opened.architecture.name)
+        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.name)
         pruned = cut_(copy.deepcopy(model), plan)
         if settings.refit:
             refit(context, network, pool, balanced, pruned, plan, f"to {share:.2f}")

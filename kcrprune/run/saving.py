@@ -15,13 +15,14 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
+from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
 from kcrprune.run.folder import RECORD, REPORT, STORE
 from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
-from kcrprune.run.opening import Network, Pool, as_used
+from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
 from kcrprune.run.shared import without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
@@ -35,7 +36,7 @@ class Measured(Result):
 
 
 def measure_pruned(
-    context: Context, network: Network, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
+    context: Context, network: FromFile, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
 ) -> Measured:
     """The same figures as of the dense network, and how often the two agree."""
     model = rounded_(_final(network, cut, recovery), DTYPES[context.settings.dtype])
@@ -54,8 +55,8 @@ def _final(network: Network, cut: Cut, recovery: Recovery | None) -> nn.Module:
 
 def save(
     context: Context,
-    network: Network,
-    pool: Pool,
+    network: FromFile,
+    pool: FromFolder,
     reference: Reference,
     cut: Cut,
     recovery: Recovery | None,
@@ -83,17 +84,36 @@ def save(
     )
     places = (config.data, config.class_map, config.teacher, network.opened.path, folder)
     comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), places))
-    write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
+    source = {"path": str(network.opened.path), "sha256": network.opened.digest}
+    write_results(folder, cut.plan, comparison, config, told, source)
+    return comparison
+
+
+def write_results(
+    folder: Path,
+    plan: ChannelPlan,
+    comparison: Comparison,
+    config: RunConfig,
+    told: Record,
+    source: Mapping[str, str],
+) -> None:
+    """What a run's folder holds beside the network; `source` says what it was made of. The record is the last."""
+    write_json(folder / "plan.json", plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / "log.jsonl", to_lines(told.history))
-    write_json(folder / RECORD, _record(network, config, told))
-    return comparison
+    write_json(folder / RECORD, _record(source, config, told))
 
 
 def _write_model(
-    folder: Path, context: Context, network: Network, pool: Pool, cut: Cut, recovery: Recovery | None, found: Measured
+    folder: Path,
+    context: Context,
+    network: FromFile,
+    pool: FromFolder,
+    cut: Cut,
+    recovery: Recovery | None,
+    found: Measured,
 ) -> None:
     opened, fresh, config = network.opened, folder / STORE / MODEL_FILE, as_used(context.settings, network)
     fresh.unlink(missing_ok=True)
@@ -117,9 +137,9 @@ def _write_model(
     fresh.replace(folder / MODEL_FILE)
 
 
-def _record(network: Network, config: RunConfig, told: Record) -> dict[str, Any]:
+def _record(source: Mapping[str, str], config: RunConfig, told: Record) -> dict[str, Any]:
     return machine_record() | {
-        "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
+        "input": dict(source),
         "seed": config.seed,
         "stages": {time.stage: time.seconds for time in told.times},
         "peak_memory_mib": peak_memory_mib(),

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,28 @@ from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.observed import ReachedError, reading
 from kcrprune.surgery.swap import swap_
 
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+NO_REFIT: Final = "leave its block out with exclude, or give refit=False"
+
 
 @dataclass(frozen=True)
 class Step:
     """One block on the way of the stream through a network.
 
-    `entry` are the modules between the block before and this one. What a block is handed beside the stream (rotary
-    positions, masks) is taken from one pass, since it does not depend on the images.
+    `entry` are the modules between the block before and this one; None where more than modules in a row lies there.
+    What a block is handed beside the stream (rotary positions, masks) is taken from one pass for each shape of a
+    stream, since it does not depend on the images.
     """
 
     block: str
-    entry: tuple[str, ...]
-    extras: tuple[Any, ...]
-    keywords: Mapping[str, Any]
+    entry: tuple[str, ...] | None
+    handed: Mapping[torch.Size, Arguments]
+    beside: int = 0  # further things that the block gives in a tuple behind the stream
+
+    def for_stream(self, shape: torch.Size) -> Arguments:
+        """What is handed beside a stream of this shape, or of this shape for another number of images."""
+        alike = (each for known, each in self.handed.items() if known[1:] == shape[1:])
+        return self.handed.get(shape) or next(alike, None) or next(iter(self.handed.values()))
 
 
 class Block(nn.Module):
@@ -38,19 +47,58 @@ class Block(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """The stream behind the block."""
-        return self.inside(stream, *self.step.extras, **self.step.keywords)
+        extras, keywords = self.step.for_stream(stream.shape)
+        return first_of(self.inside(stream, *extras, **keywords))
+
+
+def first_of(value: Any) -> Tensor:
+    """The stream of what a module takes or gives: it comes first, whatever there is beside it."""
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def _beside(value: Any) -> int:
+    """How many things lie behind the stream."""
+    return len(value) - 1 if isinstance(value, tuple | list) else 0
+
+
+def _taken(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The stream of what a module is called with."""
+    return inputs[0] if inputs else next(iter(keywords.values()))
 
 
 @torch.no_grad()
-def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
-    """How the stream passes the blocks, seen in one pass over `images`.
+def walk(model: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> tuple[Step, ...]:
+    """How the stream passes the blocks, seen in one pass over each of `batches`.
 
-    UnsupportedModelError where it reaches a block by more than modules in a row.
+    UnsupportedModelError where a block does not run once in a pass, or is handed something else for each image.
     """
-    calls: list[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]] = []  # in the order of their ends
+    walked = [_walk(model, blocks, images) for images in batches]
+    steps = []
+    for ways in zip(*walked, strict=True):
+        handed: dict[torch.Size, Arguments] = {}
+        for step in ways:
+            for shape, arguments in step.handed.items():
+                if not _equal(handed.setdefault(shape, arguments), arguments):
+                    raise UnsupportedModelError(f"{step.block} is handed what differs from image to image; {NO_REFIT}")
+        steps.append(replace(ways[0], handed=handed))
+    return tuple(steps)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return one is other or type(one) is type(other)  # a tensor has no equal of another kind
+
+
+def _walk(model: nn.Module, blocks: Sequence[str], images: Any) -> list[Step]:
+    calls: list[_Call] = []  # in the order of their ends
 
     def see(name: str) -> Callable[..., None]:
-        return lambda module, inputs, keywords, output: calls.append((name, inputs, keywords, output))
+        return lambda module, inputs, keywords, output: calls.append(_Call(name, inputs, keywords, output))
 
     inside = tuple(f"{block}." for block in blocks)
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
@@ -60,25 +108,55 @@ def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step,
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(_steps(calls, blocks))
+    found = _steps(calls, blocks)
+    if sorted(step.block for step in found) != sorted(blocks):
+        ran = [step.block for step in found]
+        block = next(name for name in blocks if ran.count(name) != 1)
+        raise UnsupportedModelError(f"{block} runs {ran.count(block)} times in a pass, not once; {NO_REFIT}")
+    return found
 
 
-def _steps(calls: Sequence[tuple[str, tuple[Any, ...], Mapping[str, Any], Any]], blocks: Sequence[str]) -> list[Step]:
-    made_by = {id(output): (name, inputs) for name, inputs, _, output in calls if name not in blocks}
+@dataclass(frozen=True)
+class _Call:
+    """A module's call."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    output: Any
+
+    @property
+    def stream(self) -> Any:
+        """What it takes in."""
+        return _taken(self.inputs, self.keywords) if self.inputs or self.keywords else None
+
+    @property
+    def beside(self) -> Arguments:
+        """All else that it is called with."""
+        if self.inputs:
+            return self.inputs[1:], self.keywords
+        return (), dict(list(self.keywords.items())[1:])
+
+
+def _steps(calls: Sequence[_Call], blocks: Sequence[str]) -> list[Step]:
+    made_by = {id(call.output): call for call in calls if call.name not in blocks}
     steps: list[Step] = []
     previous: Any = None
-    for name, inputs, keywords, output in calls:
-        if name not in blocks:
+    for call in calls:
+        if call.name not in blocks:
             continue
-        entry: list[str] = []
-        stream = inputs[0]
-        while steps and stream is not previous:
-            if id(stream) not in made_by or len(entry) > len(calls):
-                raise UnsupportedModelError(f"the way of the stream from {steps[-1].block} to {name} is not understood")
-            module, (stream, *_) = made_by[id(stream)]
-            entry.insert(0, module)
-        steps.append(Step(name, tuple(entry), inputs[1:], keywords))
-        previous = output
+        entry: list[str] | None = []
+        stream = call.stream
+        while steps and stream is not previous and entry is not None:
+            made = made_by.get(id(stream))
+            if made is None or any(made.beside) or len(entry) > len(calls):
+                entry = None
+            else:
+                entry.insert(0, made.name)
+                stream = made.stream
+        handed = {call.stream.shape: call.beside}
+        steps.append(Step(call.name, None if entry is None else tuple(entry), handed, _beside(call.output)))
+        previous = first_of(call.output)
     return steps
 
 
@@ -88,11 +166,14 @@ def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
-    """What the module `name` gives when `model` runs on the inputs; the rest of the pass is skipped."""
-    seen: list[Tensor] = []
+def output_of(model: nn.Module, name: str, *inputs: Tensor) -> tuple[Tensor, int]:
+    """What the module `name` gives when `model` runs on the inputs, and how many things beside it.
 
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    The rest of the pass is skipped.
+    """
+    seen: list[Any] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         seen.append(output)
         raise ReachedError
 
@@ -103,7 +184,7 @@ def output_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
         pass
     finally:
         hook.remove()
-    return seen[0]
+    return first_of(seen[0]), _beside(seen[0])
 
 
 def read_by(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
@@ -128,9 +209,9 @@ def seen_in(
             raise ReachedError
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, taken: see(name, taken[0])
+        return lambda module, inputs, keywords: see(name, _taken(inputs, keywords))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name)) for name in modules]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in modules]
     try:
         with reading(model, {name: partial(see, name) for name in linears}):
             output = model(*inputs)
@@ -143,25 +224,33 @@ def seen_in(
 
 
 class Replay(nn.Module):
-    """In the place of a module whose outputs are known: gives `now`, whatever it is handed."""
+    """In the place of a module whose outputs are known: gives `now`, whatever it is handed.
+
+    `beside` tells how many things the module gives in a tuple behind the stream; they are None.
+    """
 
     now: Tensor
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+    def __init__(self, beside: int = 0) -> None:
+        super().__init__()
+        self.beside = beside
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """That output."""
-        return self.now
+        return (self.now, *(None,) * self.beside) if self.beside else self.now
 
 
-class _Passing(nn.Module):
-    def forward(self, stream: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
-        return stream
+class _Passing(Replay):
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        self.now = _taken(inputs, keywords)
+        return super().forward()
 
 
 @contextmanager
-def from_behind(model: nn.Module, blocks: Sequence[str]) -> Iterator[Replay]:
+def from_behind(model: nn.Module, steps: Sequence[Step]) -> Iterator[Replay]:
     """For the time of the block, `model` passes over its blocks: behind the last one lies what the replay gives."""
-    last = Replay()
-    stand_ins = {name: _Passing() for name in blocks[:-1]} | {blocks[-1]: last}
+    last = Replay(steps[-1].beside)
+    stand_ins = {step.block: _Passing(step.beside) for step in steps[:-1]} | {steps[-1].block: last}
     taken = {name: swap_(model, name, stand_in) for name, stand_in in stand_ins.items()}
     try:
         yield last
@@ -199,7 +288,8 @@ class RealTokens:
         return tokens.unflatten(0, (-1, self.seen)).index_select(1, self.places).flatten(0, 1)
 
 
-def real_tokens(model: nn.Module, norm: str, site: str, image: Tensor) -> RealTokens:
-    """Those of one image (1, ...)."""
-    marks = as_branch_sees(model, norm, site, image, torch.ones_like).flatten(0, -2)[:, 0]
+def real_tokens(model: nn.Module, norm: str, site: str, images: Tensor) -> RealTokens:
+    """Those of each of some images (B, ...), whose windows lie in adjacent rows."""
+    marks = as_branch_sees(model, norm, site, images, torch.ones_like).flatten(0, -2)[:, 0]
+    marks = marks[: len(marks) // len(images)]
     return RealTokens(marks.nonzero().squeeze(1), len(marks))

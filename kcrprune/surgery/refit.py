@@ -13,11 +13,13 @@ Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.families.given import glimpse, shown
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.kept import Keep, on
@@ -26,6 +28,7 @@ from kcrprune.surgery.normal_equations import NormalEquations, correct_
 from kcrprune.surgery.partial import (
     Block,
     RealTokens,
+    Step,
     as_branch_sees,
     from_behind,
     input_of,
@@ -44,10 +47,11 @@ Streams = list[Tensor]  # the residual stream of each batch of images
 FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
 
 
-def memory_of_refit(dense: nn.Module, groups: Sequence[Group], batches: Sequence[Tensor]) -> int:
+def memory_of_refit(dense: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) -> int:
     """Bytes of the streams that a refit holds at once: those of a ViT, and more than those of a Swin."""
-    image = batches[0][:1].to(next(dense.parameters()).device)
-    return STREAMS * input_of(dense, groups[0].block, image).nbytes * sum(map(len, batches))
+    images = glimpse(batches[0]).to(next(dense.parameters()).device)
+    of_one = input_of(dense, groups[0].block, images).nbytes / len(images)
+    return round(STREAMS * of_one * sum(map(len, batches)))
 
 
 @torch.no_grad()
@@ -56,7 +60,7 @@ def refit_(
     dense: nn.Module,
     groups: Sequence[Group],
     plan: ChannelPlan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     *,
     ridge: float = 1e-3,
     keep: Keep | None = None,
@@ -75,7 +79,7 @@ def refit_(
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
-    steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
+    steps = walk(dense, blocks, [images.to(device, non_blocking=True) for images in shown(batches)])
     kept = index_map(dense, groups, plan)
     rows = _rows(kept, device)
     keep = keep or on(device)
@@ -87,8 +91,10 @@ def refit_(
     touched = {name.rpartition(".")[0] for name in kept}
     cut = False
     for done, step in enumerate(steps, start=1):
-        for name in step.entry:
+        for name in step.entry or ():
             whole.at(name).refit_entry_(dense_streams, cut_streams, cut=cut and done > begin)
+        if step.entry is None:
+            whole.reach_(steps[: done - 1], step.block, batches, dense_streams, cut_streams)
         pair = whole.at(step.block)
         cut = cut or any(owner.startswith(f"{step.block}.") for owner in touched) or not pair.equal
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
@@ -101,7 +107,7 @@ def refit_(
     if cut:
         names = {module: name for name, module in pruned.named_modules()}
         for classifier in classifiers(pruned):
-            pairs = whole.behind([step.block for step in steps], names[classifier], batches, dense_streams, cut_streams)
+            pairs = whole.behind(steps, names[classifier], batches, dense_streams, cut_streams)
             whole.refit_reader_(names[classifier], pairs, strength=CLASSIFIER_RIDGE)
     return pruned
 
@@ -176,11 +182,21 @@ class _Pair:
             self.refit_reader_(name, ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved))
         self.advance_(dense_streams, cut_streams)
 
+    def reach_(
+        self, steps: Sequence[Step], block: str, batches: Sequence[Any], dense_streams: Streams, cut_streams: Streams
+    ) -> None:
+        """Moves both streams behind what lies between the last of `steps` and `block`, in passes of the networks."""
+        for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
+            with from_behind(module, steps) as last:
+                for index, images in enumerate(_moved(batches, self.device)):
+                    [last.now] = _moved([streams[index]], self.device)
+                    streams[index] = self.keep(input_of(module, block, images))
+
     def behind(
-        self, blocks: Sequence[str], name: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams
+        self, steps: Sequence[Step], name: str, batches: Iterable[Any], dense_streams: Streams, cut_streams: Streams
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What the linear `name` behind all blocks reads in both, batch by batch, of the streams behind them."""
-        with from_behind(self.dense, blocks) as dense, from_behind(self.cut, blocks) as cut:
+        with from_behind(self.dense, steps) as dense, from_behind(self.cut, steps) as cut:
             for images, *streams in zip(_moved(batches, self.device), dense_streams, cut_streams, strict=True):
                 dense.now, cut.now = _moved(streams, self.device)
                 yield read_by(self.dense, name, images), read_by(self.cut, name, images)
@@ -242,12 +258,14 @@ class _Pair:
         assert fit.before is not None
         linear, gamma = linear_at(self.cut, fit.name), self._layer_scale(fit.scale)
         sums = NormalEquations.empty(linear.in_features, linear.out_features, self.device)
-        real = self._reordered(fit, cut_in.one())
+        known: dict[torch.Size, RealTokens | None] = {}  # by the shape of an image's stream
         for target, stream in zip(_moved(targets, self.device), cut_in, strict=True):
             seen = seen_in(self.cut, stream, linears=(fit.name,), modules=(fit.before,))
             z, before = seen[fit.name].flatten(0, -2), seen[fit.before]
             wanted = target.view_as(before) - before
-            if real is not None:
+            if stream.shape[1:] not in known:
+                known[stream.shape[1:]] = self._reordered(fit, stream)
+            if (real := known[stream.shape[1:]]) is not None:
                 wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
                 wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
             wanted = _taken((wanted / gamma).flatten(0, -2), fit.rows)
@@ -312,7 +330,7 @@ def _rows(kept: IndexMap, device: torch.device) -> dict[str, Tensor]:
     return dict(zip(rows, every.split([len(of_one) for of_one in rows.values()]), strict=True))
 
 
-def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _moved(tensors: Iterable[Any], device: torch.device) -> Iterator[Any]:
     return (tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
