@@ -1,4 +1,4 @@
-"""The laws on modules of other libraries, which keep their own forward: masking is cutting, and MACs are those counted."""
+"""The laws on modules of other libraries, which keep their own forward: masking is cutting, MACs are those counted."""
 
 import copy
 

@@ -57,6 +57,7 @@ class Group:
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
+    alone: bool = False  # the branch lies in a list of modules, which nobody calls
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 
     @property
@@ -66,8 +67,8 @@ class Group:
 
     @property
     def block(self) -> str:
-        """The module around the branch, which users know as the block; the branch itself where nothing is around it."""
-        return self.site.rpartition(".")[0] or self.site
+        """The module around the branch, which users know as the block; the branch itself where none is called."""
+        return self.site if self.alone else self.site.rpartition(".")[0] or self.site
 
     @property
     def span(self) -> int:
@@ -143,7 +144,9 @@ def find_groups(model: nn.Module, rules: Rules, blocks: Blocks) -> tuple[Group, 
 
 def _placed(model: nn.Module, group: Group, blocks: Blocks) -> Group:
     """A group with what the block around its branch says of the stream."""
-    block = model.get_submodule(group.block)
+    block = model.get_submodule(group.site.rpartition(".")[0])
+    if isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return replace(group, alone=True)
     branch = (of_class(blocks, type(block)) or {}).get(group.site.rpartition(".")[2])
     if branch is None:
         return group

@@ -82,18 +82,13 @@ def given_groups(model: nn.Module, part: str, rules: Rules) -> tuple[Group, ...]
     if part not in names:
         near = ", ".join(name for name in names if name and "." not in name)
         raise ConfigError(f"part={part!r} is no module of this {type(model).__name__}; it has {near}")
-    groups = [
-        group
-        for group in find_groups(model, {**RULES, **rules}, BLOCKS)
-        if not part or group.site == part or group.site.startswith(f"{part}.")
-    ]
-    found = {type(names[group.site]) for group in groups}
+    everywhere = find_groups(model, {**RULES, **rules}, BLOCKS)
+    groups = [g for g in everywhere if not part or g.site == part or g.site.startswith(f"{part}.")]
+    found = {type(names[group.site]) for group in everywhere}
     for cls in rules:
         if not any(of_class({cls: True}, known) for known in found):
             name = cls if isinstance(cls, str) else class_name(cls)
-            raise ConfigError(
-                f"the rule for {name} finds nothing in {part or 'the network'}: no module, or none it fits"
-            )
+            raise ConfigError(f"the rule for {name} finds nothing to cut: no such module, or none that it fits")
     if not groups:
         inside = names[part].modules()
         classes = sorted({type(module).__name__ for module in inside if type(module).__name__[0] != "_"})
@@ -114,8 +109,8 @@ def open_given(source: Source, context: Context) -> InMemory:
     given.scales = {name: _length(value) for name, value in given.outputs(feed).items()}
     if not torch.equal(given(feed), given(feed)):
         raise UnsupportedModelError(
-            f"this {type(source.model).__name__} answers otherwise each time it is called, in eval mode too; nothing can "
-            "be compared then"
+            f"this {type(source.model).__name__} answers otherwise each time it is called, in eval mode too: nothing "
+            "can be compared"
         )
     contract = contract_of(given, feed)
     passed = [group for group in contract.groups if any(slot.owner in contract.positions for slot in _slots(group))]
