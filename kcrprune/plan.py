@@ -1,5 +1,6 @@
 """What a network is and what a search decided to keep of it: frozen data, no torch."""
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self
@@ -196,11 +197,13 @@ class ChannelPlan(Frozen):
 
     @property
     def blocks(self) -> dict[str, tuple[Kept, ...]]:
-        """The entries of each block, in order."""
-        return {
-            name: tuple(kept for kept in self.groups if kept.block == name)
-            for name in dict.fromkeys(kept.block for kept in self.groups)
-        }
+        """The entries of each block, in order; of a block with several branches of one kind, those of each branch."""
+        several = Counter((kept.block, kept.axis) for kept in self.groups)
+        crowded = {block for (block, _), count in several.items() if count > 1}
+        found: dict[str, list[Kept]] = {}
+        for kept in self.groups:
+            found.setdefault(kept.site if kept.block in crowded else kept.block, []).append(kept)
+        return {name: tuple(entries) for name, entries in found.items()}
 
 
 def _upgraded(block: dict[str, Any]) -> list[dict[str, Any]]:

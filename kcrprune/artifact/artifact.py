@@ -4,7 +4,7 @@ Everything but the weights lies in one metadata key as canonical JSON, since sev
 order; equal networks and records give equal bytes. A hash over the weights is checked when the file is opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
@@ -41,6 +41,7 @@ from kcrprune.plan import (
 )
 from kcrprune.surgery.narrow import cut_
 
+OWN_FORMAT: Final = 3  # of files with a network that only its user can build; see given
 FORMAT: Final = 2  # raised when a file can no longer be read by an older kcrprune
 KEY: Final = "kcrprune"
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -76,23 +77,32 @@ def save_model(
 
     `outputs` None: as its last layer says; `dtype` None: its parameters are stored as they are.
     """
-    path = Path(path)
+
+    def contract(tensors: Mapping[str, Tensor]) -> Contract:
+        return Contract(
+            format=FORMAT,
+            architecture=architecture,
+            plan=plan,
+            preprocessing=preprocessing,
+            outputs=outputs or outputs_of(model),
+            class_names=class_names,
+            record=dict(record),
+            content_hash=content_hash(tensors),
+        )
+
+    write_tensors(Path(path), model, contract, dtype)
+
+
+def write_tensors(
+    path: Path, model: nn.Module, contract: Callable[[Mapping[str, Tensor]], Frozen], dtype: torch.dtype | None
+) -> None:
+    """Writes the tensors of a network, and what `contract` says of them; OutputExistsError where `path` is taken."""
     if path.exists():
         raise OutputExistsError(taken(path))
     learned = dict(model.named_parameters())
     stored = {name: value.to(dtype) if name in learned else value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
-    contract = Contract(
-        format=FORMAT,
-        architecture=architecture,
-        plan=plan,
-        preprocessing=preprocessing,
-        outputs=outputs or outputs_of(model),
-        class_names=class_names,
-        record=dict(record),
-        content_hash=content_hash(tensors),
-    )
-    text = canonical_json(contract.model_dump(mode="json"))
+    text = canonical_json(contract(tensors).model_dump(mode="json"))
 
     def write(temporary: Path) -> None:
         try:
@@ -228,6 +238,11 @@ def _contract(path: Path, text: str) -> Contract:
     written = raw.get("format")
     if type(written) is not int or written < 1:
         raise CheckpointError(f"{path} states no format version in its kcrprune metadata")
+    if "network" in raw:
+        raise CheckpointError(
+            f"{path} holds a {raw['network']}, which only its own code builds; kcrprune.restore(dense, path) cuts a "
+            "dense one to it"
+        )
     if written > FORMAT:
         raise CheckpointError(
             f"{path} has format {written} and this kcrprune reads up to {FORMAT}; "

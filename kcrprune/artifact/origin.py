@@ -8,13 +8,13 @@ from typing import Final
 from torch import nn
 
 from kcrprune.artifact.artifact import MODEL_FILE, save_model
+from kcrprune.artifact.given import ATTRIBUTE, Origin, save_origin
 from kcrprune.checkpoints.dense import Opened
 from kcrprune.checkpoints.loading import build_outline, check_outline
 from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import CheckpointError, ConfigError, DivergedError
 from kcrprune.families import classifiers, outputs_of
 
-ATTRIBUTE: Final = "kcrprune_origin"  # of the module; copies and pickles of it keep it
 WRAPPERS: Final = ("module", "_orig_mod")  # what data parallelism, moving averages and compilation call the network
 LASTING: Final = ("config", "dense_digest", "dense_macs")  # what a record says that stays true of other weights
 
@@ -34,7 +34,7 @@ def save_trained(model: nn.Module, folder: Path, class_names: Sequence[str] | No
     """
     model = _unwrapped(model)
     opened = getattr(model, ATTRIBUTE, None)
-    if not isinstance(opened, Opened):
+    if not isinstance(opened, Opened | Origin):
         raise ConfigError(
             f"this {type(model).__name__} does not come from kcrprune.load, so nothing tells how it was cut; give "
             "kcrprune.load's network the new weights by load_state_dict and save that, or compress a checkpoint of it"
@@ -42,6 +42,8 @@ def save_trained(model: nn.Module, folder: Path, class_names: Sequence[str] | No
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DivergedError(f"{name} holds nan or infinite values: the training diverged; save an earlier state")
+    if isinstance(opened, Origin):
+        return save_origin(model, opened, folder)
     opened = _with_own_head(opened, model)
     try:
         check_outline(opened.architecture, opened.plan, shapes_of(model.state_dict()), Path("the network"))

@@ -12,6 +12,8 @@ from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
 from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
+from kcrprune.families.foreign import FOREIGN, FOREIGN_BLOCKS
+from kcrprune.families.given import Feed, Given
 from kcrprune.families.hybrids import HYBRIDS, SLIM_HYBRIDS
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
@@ -19,8 +21,8 @@ from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES | HYBRIDS | CONVOLUTIONS
-BLOCKS: Final[dict[type, dict[str, Branch]]] = LINEAR_BLOCKS | CONVOLUTIONAL_BLOCKS
+RULES: Final[dict[type | str, Rule]] = {**MLPS, **ATTENTIONS, **RELATIVES, **HYBRIDS, **CONVOLUTIONS, **FOREIGN}
+BLOCKS: Final[dict[type | str, dict[str, Branch]]] = {**LINEAR_BLOCKS, **CONVOLUTIONAL_BLOCKS, **FOREIGN_BLOCKS}
 SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES | SLIM_HYBRIDS
 FAMILIES: Final = {  # the names that some families had before a family was a module of timm
     "vision_transformer": "vit",
@@ -43,13 +45,18 @@ def family_of(model: nn.Module) -> str:
 
 def groups_of(model: nn.Module) -> tuple[Group, ...]:
     """Every group of a dense network, in the order of its modules; by the exact class of each branch module."""
+    if isinstance(model, Given):
+        return model.groups
     return find_groups(model, RULES, BLOCKS)
 
 
-def contract_of(model: nn.Module, image: Tensor | tuple[int, int, int]) -> Contract:
-    """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there."""
+def contract_of(model: nn.Module, image: Tensor | Feed | tuple[int, int, int]) -> Contract:
+    """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there.
+
+    Of a network in memory: what a batch meets.
+    """
     groups = groups_of(model)
-    if not isinstance(image, Tensor):
+    if isinstance(image, tuple):
         weight = next(model.parameters())
         image = torch.zeros(1, *image, device=weight.device, dtype=weight.dtype)
     owners = dict.fromkeys(slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -65,6 +65,7 @@ class Group:
     affine: str | None = None  # a batch norm right behind the reader
     told: str = ""  # an attribute of the branch module that holds the width
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
+    alone: bool = False  # the branch lies in a list of modules, which nobody calls
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
 
     @property
@@ -74,8 +75,8 @@ class Group:
 
     @property
     def block(self) -> str:
-        """What users know as the block."""
-        return block_of(self.site, self.axis)
+        """What users know as the block; the branch itself where nothing that is called lies around it."""
+        return self.site if self.alone else block_of(self.site, self.axis)
 
     @property
     def span(self) -> int:
@@ -119,6 +120,20 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
+Rules = Mapping[type | str, Rule]  # by exact class, or by its name where its library is not loaded for it
+Blocks = Mapping[type | str, Mapping[str, Branch]]
+
+T = TypeVar("T")
+
+
+def class_name(cls: type) -> str:
+    """How a class is named without loading it: `module:Class`."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def of_class(table: Mapping[type | str, T], cls: type) -> T | None:
+    """The entry of exactly this class, by itself or by its name."""
+    return table.get(cls) or table.get(class_name(cls))
 
 
 def newer(module: str, name: str) -> type:
@@ -135,30 +150,38 @@ def owner_of(model: nn.Module, name: str) -> nn.Module | Tensor:
     return getattr(model.get_submodule(parent), last)
 
 
-def find_groups(
-    model: nn.Module, rules: Mapping[type, Rule], blocks: Mapping[type, Mapping[str, Branch]]
-) -> tuple[Group, ...]:
+def find_groups(model: nn.Module, rules: Rules, blocks: Blocks) -> tuple[Group, ...]:
     """Every group of a network, by the exact class of each of its modules; `blocks` knows what lies around branches."""
     found: list[Group] = []
     for name, module in model.named_modules():
-        if rule := rules.get(type(module)):
+        if rule := of_class(rules, type(module)):
             found += (_placed(model, group, blocks) for group in rule(name, module))
     return tuple(group for group in found if group.stream or not group.wide)
 
 
-def _placed(model: nn.Module, group: Group, blocks: Mapping[type, Mapping[str, Branch]]) -> Group:
+def _placed(model: nn.Module, group: Group, blocks: Blocks) -> Group:
     """A group with what the block around its branch says of the stream."""
     block = model.get_submodule(group.block)
-    branch = blocks.get(type(block), {}).get(group.site[len(group.block) :].lstrip("."))
+    if isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return replace(group, alone=True)
+    branch = (of_class(blocks, type(block)) or {}).get(group.site[len(group.block) :].lstrip("."))
     if branch is None:
         return group
-    scaled = branch.scale and not isinstance(getattr(block, branch.scale, None), nn.Identity | None)
+    scaled = branch.scale and not isinstance(_found(block, branch.scale), nn.Identity | None)
     return replace(
         group,
         stream=f"{group.block}.{branch.norm}" if branch.norm else group.site,
         behind=f"{group.block}.{branch.behind}" if branch.behind else None,
         scale=f"{group.block}.{branch.scale}" if scaled else None,
     )
+
+
+def _found(block: nn.Module, name: str) -> object:
+    """What a block holds under a dotted name; None where there is nothing."""
+    try:
+        return owner_of(block, name)
+    except AttributeError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from kcrprune.families.given import Given
 from kcrprune.plan import Outputs
 
 
@@ -28,11 +29,16 @@ class FeatureTap:
     """Keeps what enters the classifier during a forward pass; a context manager.
 
     `features` is (batch, d): the classifier's input, those of both classifiers side by side for a distilled network,
-    or the output of a bare backbone.
+    or the output of a bare backbone; of a network in memory the mean, over the tokens of an image, of what the last
+    branch of its part reads.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._seen: list[Tensor] = []
+        if isinstance(model, Given):
+            self._given = model
+            self._hooks = [model.get_submodule(model.tapped).register_forward_pre_hook(self._see_tokens)]
+            return
         heads = classifiers(model)
         self._hooks = [head.register_forward_pre_hook(self._see_input) for head in heads]
         if not heads:
@@ -40,6 +46,11 @@ class FeatureTap:
 
     def _see_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._seen.append(inputs[0])
+
+    def _see_tokens(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        images = self._given.images
+        tokens = inputs[0].flatten(2).mT if isinstance(module, nn.Conv2d) else inputs[0]
+        self._seen.append(tokens.reshape(images, -1, tokens.shape[-1]).mean(1))
 
     def _see_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._seen.append(output)

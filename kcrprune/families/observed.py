@@ -105,7 +105,7 @@ class Observer(TorchFunctionMode):
 
 @torch.no_grad()
 def observe(
-    model: nn.Module, owners: list[str], attentions: Mapping[str, int], image: Tensor
+    model: nn.Module, owners: list[str], attentions: Mapping[str, int], image: Any
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Rows that pass each owner of a weight, in the order of the forward pass, and pairs of each attention.
 

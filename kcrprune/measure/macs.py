@@ -6,20 +6,22 @@ not known is an error, never a warning. Norms and element-wise work are not coun
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcrprune.errors import UnsupportedModelError
 
 ATTENTION = "aten::scaled_dot_product_attention"
 # What fvcore counts though papers do not: one operation an element, no multiply-accumulate of a matrix.
 ELEMENTWISE = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm", "aten::adaptive_avg_pool2d")
+_UNCOUNTED: Final = "cannot count the MACs of {}; no honest figure exists"
 MATRIX_WORDS = ("mm", "matmul", "linear", "conv", "attention", "einsum", "dot", "bilinear")
 
 
@@ -51,8 +53,80 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         total = analysis.total()
         unknown = [name for name in analysis.unsupported_ops() if _multiplies(name)]
     if unknown:
-        raise UnsupportedModelError(f"cannot count the MACs of {', '.join(unknown)}; no honest figure exists")
+        raise UnsupportedModelError(_UNCOUNTED.format(", ".join(unknown)))
     return round(total)
+
+
+@contextmanager
+def counting(part: nn.Module) -> Iterator["MacCounter"]:
+    """Counts what `part` multiplies in passes of a network around it, whoever calls it and with what."""
+    counter, fast = MacCounter(), torch.backends.mha.get_fastpath_enabled()
+    before = part.register_forward_pre_hook(lambda module, inputs: counter.enter())
+    behind = part.register_forward_hook(lambda module, inputs, output: counter.leave(), always_call=True)
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator, which tells nothing of what it multiplies
+    try:
+        with counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        before.remove()
+        behind.remove()
+
+
+class MacCounter(TorchDispatchMode):
+    """Multiply-accumulates of the operators that run inside one module, exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.calls, self.unknown = 0, 0, set[str]()
+        self._inside = 0
+
+    def enter(self) -> None:
+        """The module begins."""
+        self._inside += 1
+        self.calls += 1
+
+    def leave(self) -> None:
+        """The module ends."""
+        self._inside -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operator itself, counted."""
+        result = func(*args, **(kwargs or {}))
+        if self._inside:
+            name = func._overloadpacket.__name__
+            if name in PRODUCTS:
+                self.total += PRODUCTS[name](args, result)
+            elif name.startswith("_scaled_dot_product"):
+                query, key, value = args[:3]
+                self.total += prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+            elif _multiplies(name) and not name.startswith("upsample"):
+                self.unknown.add(name)
+        return result
+
+
+def _convolution_macs(args: Any, result: Any) -> int:
+    turned = bool(args[6]) if len(args) > 6 else False  # transposed: each input pixel writes a window
+    return (args[0] if turned else result).numel() * prod(args[1].shape[1:])
+
+
+PRODUCTS: Final[dict[str, Callable[[Any, Any], int]]] = {  # aten's, of (arguments, result)
+    "mm": lambda args, result: result.numel() * args[0].shape[-1],
+    "bmm": lambda args, result: result.numel() * args[0].shape[-1],
+    "mv": lambda args, result: args[0].numel(),
+    "dot": lambda args, result: args[0].numel(),
+    "addmm": lambda args, result: result.numel() * args[1].shape[-1],
+    "baddbmm": lambda args, result: result.numel() * args[1].shape[-1],
+    "convolution": _convolution_macs,
+    "_convolution": _convolution_macs,
+}
+
+
+def require_counted(counter: MacCounter) -> int:
+    """What was counted; UnsupportedModelError names an operator that multiplies matrices and cannot be counted."""
+    if counter.unknown:
+        raise UnsupportedModelError(_UNCOUNTED.format(", ".join(sorted(counter.unknown))))
+    return counter.total
 
 
 def count_parameters(model: nn.Module) -> int:

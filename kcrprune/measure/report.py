@@ -98,7 +98,7 @@ class ModelReport(Frozen):
     state: State
     architecture: str | None  # timm's name
     family: str | None
-    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
+    input_size: tuple[PositiveInt, ...]  # channels, height, width; of a part in memory what it is called with
     outputs: Outputs | None = None
     parameters: NonNegativeInt
     macs: NonNegativeInt | None  # multiply-accumulates of one image

@@ -3,6 +3,23 @@
 from kcrprune.graphs import ExportResult
 from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.demo import demo
+from kcrprune.pipeline.given import GivenResult, compress_given
+from kcrprune.pipeline.listing import Listing, listing
 from kcrprune.pipeline.verbs import Ported, evaluate, export, inspect, port, report
 
-__all__ = ["ExportResult", "Ported", "RunResult", "compress", "demo", "evaluate", "export", "inspect", "port", "report"]
+__all__ = [
+    "ExportResult",
+    "GivenResult",
+    "Listing",
+    "Ported",
+    "RunResult",
+    "compress",
+    "compress_given",
+    "demo",
+    "evaluate",
+    "export",
+    "inspect",
+    "listing",
+    "port",
+    "report",
+]

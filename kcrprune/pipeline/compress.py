@@ -1,7 +1,7 @@
 """A run from the checkpoint to its folder: begun, gone on with, or shown again."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE, Asked
 from kcrprune.run.metrics import Metrics
-from kcrprune.run.stage import Results, execute
+from kcrprune.run.stage import Results, Stage, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
 from kcrprune.training.precision import repeating
@@ -64,13 +64,13 @@ def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult
         if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
             return RunResult(folder, _shown(folder))
-        return RunResult(folder, _finish(context, folder, asked, given))
+        return RunResult(folder, finish(context, folder, asked, given))
 
 
-def load(context: Context) -> Results:
+def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:
     """The network and the images of a run, or the refusal of what cannot work."""
     with context.part("load"):
-        return execute(REFUSALS, context, wanted=("open", "images"))
+        return execute(stages, context, wanted=("open", "images"))
 
 
 def _shown(folder: Path) -> Comparison:
@@ -88,13 +88,16 @@ def _require_alike(asked: Asked) -> None:
             )
 
 
-def _finish(context: Context, folder: Path, asked: Asked, given: Results) -> Comparison:
+def finish(
+    context: Context, folder: Path, asked: Asked, given: Results, stages: Sequence[Stage] = STAGES
+) -> Comparison:
+    """Executes what is left of a run in its folder."""
     context.folder, store = folder, Store(folder / STORE)
     if processes.rank() == 0:
         _begin(context, folder, asked, given)
     metrics = Metrics(folder, context.listener, board=context.config.tensorboard)
     with metrics if processes.rank() == 0 else nullcontext(context.listener) as context.listener:
-        comparison = execute(STAGES, context, store, given, wanted=("save",))["save"]
+        comparison = execute(stages, context, store, given, wanted=("save",))["save"]
     store.drop_tensors()
     return comparison
 

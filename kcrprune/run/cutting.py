@@ -6,6 +6,7 @@ from typing import Final
 from torch import nn
 
 from kcrprune.errors import DivergedError
+from kcrprune.families.given import glimpse
 from kcrprune.measure.report import Accuracy
 from kcrprune.method.budget import Scores, solve
 from kcrprune.plan import ChannelPlan
@@ -84,11 +85,11 @@ def _cut(
 ) -> Cut:
     settings = context.settings
     distance = make_objective(
-        settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.opened.outputs
+        settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.outputs
     )
     measure = HeldOut(distance, pool.parts.held_out, context.device, context.listener)
-    plan = solve(allowed(context, network), scores, settings.target_flops, network.opened.architecture.name)
-    require_certificate(network.dense, network.groups, plan, pool.parts.calibration[0][:1].to(context.device))
+    plan = solve(allowed(context, network), scores, settings.target_flops, network.name)
+    require_certificate(network.dense, network.groups, plan, glimpse(pool.parts.calibration[0]).to(context.device))
     pruned, uncorrected = cut_(model, plan), None
     if settings.refit:
         uncorrected = measure.loss(pruned)

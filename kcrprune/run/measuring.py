@@ -58,7 +58,7 @@ def accuracy_on(
     """How a network does on the evaluation images; None where there are none."""
     if pool.parts.evaluation is None:
         return None
-    outputs, listener = network.opened.outputs, context.listener
+    outputs, listener = network.outputs, context.listener
     return accuracy_of(evaluate(model, pool.parts.evaluation, outputs=outputs, reference=reference, listener=listener))
 
 

@@ -20,7 +20,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.method.budget import Allowed, require_reachable
 from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
-from kcrprune.plan import ChannelPlan, canonical_json
+from kcrprune.plan import ChannelPlan, Outputs, canonical_json
 from kcrprune.run.context import Context
 from kcrprune.run.describe import file_bytes
 from kcrprune.run.metrics import require_board
@@ -40,25 +40,25 @@ Weights = dict[str, Tensor]  # a state dict
 class Network:
     """The dense network of a run, in eval mode on its device, and what is rebuilt from it."""
 
-    opened: Opened
     dense: nn.Module  # of a network that is cut on: in dense shape again, what was cut is zero
     cost: MacCost
-    teacher: Opened | None = None
-
-    @property
-    def digest(self) -> str:
-        """Of the files that it comes from."""
-        return f"{self.opened.digest} {self.teacher.digest}" if self.teacher else self.opened.digest
+    name: str  # of the architecture, or the class
+    outputs: Outputs
+    digest: str  # of what it comes from
 
     @property
     def followed(self) -> nn.Module:
         """The network that the losses stay close to."""
-        return self.teacher.model if self.teacher else self.dense
+        return self.dense
 
     @property
     def kept(self) -> float:
         """Share of the dense MACs that it has before this run."""
-        return self.cost.predicted(self.opened.plan) / self.cost.dense if self.opened.plan else 1.0
+        return 1.0
+
+    def objective(self, config: RunConfig, pool: "Pool") -> Objective:
+        """What search and recovery minimise."""
+        return make_objective(config, self.followed, labelled=pool.labelled, outputs=self.outputs)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -80,15 +80,44 @@ class Network:
 
 
 @dataclass(frozen=True)
+class FromFile(Network):
+    """A network that was opened from a file, and the other one that its losses stay close to, if there is one."""
+
+    opened: Opened
+    teacher: Opened | None = None
+
+    @property
+    def followed(self) -> nn.Module:
+        """The network that the losses stay close to."""
+        return self.teacher.model if self.teacher else self.dense
+
+    @property
+    def kept(self) -> float:
+        """Share of the dense MACs that it has before this run."""
+        return self.cost.predicted(self.opened.plan) / self.cost.dense if self.opened.plan else 1.0
+
+    def objective(self, config: RunConfig, pool: "Pool") -> Objective:
+        """What search and recovery minimise."""
+        return super().objective(as_used(config, self), pool)
+
+
+@dataclass(frozen=True)
 class Pool:
     """The images of a run, divided; `fingerprint` tells whether they are those of another day."""
 
-    images: Images
     parts: Parts
     fingerprint: str
+    labelled: bool  # with what the task is
 
 
-def open_network(context: Context) -> Network:
+@dataclass(frozen=True)
+class FromFolder(Pool):
+    """Images that lie in files, or are generated."""
+
+    images: Images
+
+
+def open_network(context: Context) -> FromFile:
     """The network in the checkpoint, and its teacher; one that is cut already stands in dense shape again."""
     opened = open_for_run(context.checkpoint, context.settings)
     dense = opened.model if opened.plan is None else build_quietly(opened.architecture)
@@ -97,7 +126,9 @@ def open_network(context: Context) -> Network:
     cost = MacCost.of(dense, contract_of(dense, size), count_macs(dense, size))
     if opened.plan is not None:
         expand_(dense, opened.model.to(context.device), opened.plan)
-    return Network(opened, dense, cost, _teacher(context, opened))
+    teacher = _teacher(context, opened)
+    digest = f"{opened.digest} {teacher.digest}" if teacher else opened.digest
+    return FromFile(dense, cost, opened.architecture.name, opened.outputs, digest, opened, teacher)
 
 
 def _teacher(context: Context, opened: Opened) -> Opened | None:
@@ -138,15 +169,15 @@ def require_target(context: Context, network: Network) -> None:
     require_reachable(allowed(context, network), target)
 
 
-def open_pool(context: Context, network: Network) -> Pool:
+def open_pool(context: Context, network: FromFile) -> FromFolder:
     """The images, opened and divided; DataError where they do not fit."""
     settings = context.settings
     opened = network.opened
     images = open_images(settings, opened.preprocessing, opened.class_count, opened.class_names)
-    return Pool(images, divide(images, settings), fingerprint(settings))
+    return FromFolder(divide(images, settings), fingerprint(settings), images.labelled, images)
 
 
-def require_task(context: Context, network: Network, pool: Pool) -> None:
+def require_task(context: Context, network: FromFile, pool: FromFolder) -> None:
     """ConfigError for a task that network and images do not allow; says what the run starts from."""
     config, opened, images = context.settings, network.opened, pool.images
     if config.tensorboard:
@@ -154,8 +185,7 @@ def require_task(context: Context, network: Network, pool: Pool) -> None:
     context.say(f"{opened.architecture.name} ({opened.layout}), {network.cost.dense:,} MACs, {images.description}")
     for note in (*_told(network, config), *images.notes):
         context.say(note)
-    for name, reason in config.without_effect().items():
-        context.say(f"{name} = {getattr(config, name)} does nothing in this run, since {reason}", True)
+    say_without_effect(context)
     if images.generated:
         context.say("no data was given: images are generated, and the task is to agree with the dense network", True)
     if opened.new_head:
@@ -166,7 +196,13 @@ def require_task(context: Context, network: Network, pool: Pool) -> None:
     context.say_replaced("calibration", pool.parts.replaced)
 
 
-def _told(network: Network, config: RunConfig) -> Iterator[str]:
+def say_without_effect(context: Context) -> None:
+    """Names the settings that nothing in this run reads."""
+    for name, reason in context.settings.without_effect().items():
+        context.say(f"{name} = {getattr(context.settings, name)} does nothing in this run, since {reason}", True)
+
+
+def _told(network: FromFile, config: RunConfig) -> Iterator[str]:
     """What a user should know of the network and its teacher, a sentence each."""
     opened, teacher = network.opened, network.teacher
     if opened.plan is not None:
@@ -185,15 +221,14 @@ def _require_training(config: RunConfig, images: Images) -> None:
         raise ConfigError("the classifier is new, and a search that freezes it learns nothing: give search_weight_lr")
 
 
-def as_used(config: RunConfig, network: Network) -> RunConfig:
+def as_used(config: RunConfig, network: FromFile) -> RunConfig:
     """The configuration with what the network leaves no choice of."""
     return config.model_copy(update={"task": "labels"}) if network.opened.new_head else config
 
 
 def objective_of(context: Context, network: Network, pool: Pool) -> Objective:
     """What search and recovery minimise."""
-    config = as_used(context.settings, network)
-    return make_objective(config, network.followed, labelled=pool.images.labelled, outputs=network.opened.outputs)
+    return network.objective(context.settings, pool)
 
 
 def fingerprint(config: RunConfig) -> str:

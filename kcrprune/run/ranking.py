@@ -96,7 +96,7 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
             innovations = Portions("order", context.device, context.listener).of_batches(
                 scoring,
                 lambda batches: innovations_of(
-                    model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.opened.outputs
+                    model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.outputs
                 ),
             )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
@@ -123,7 +123,7 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
     return Portions("score", context.device, context.listener).of_batches(
         scoring,
         lambda batches: fisher_scores(
-            model, gates, batches, generator(settings.seed, "score", 0, "labels"), network.opened.outputs
+            model, gates, batches, generator(settings.seed, "score", 0, "labels"), network.outputs
         ),
     )
 
@@ -136,7 +136,7 @@ def tighten(
     for number in range(1, settings.tighten_steps):
         model = tightened.model(network) if tightened else network.with_weights(balanced)
         share = settings.target_flops ** (number / settings.tighten_steps)
-        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.opened.architecture.name)
+        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.name)
         pruned = cut_(copy.deepcopy(model), plan)
         if settings.refit:
             refit(context, network, pool, balanced, pruned, plan, f"to {share:.2f}")

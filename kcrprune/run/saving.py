@@ -17,6 +17,7 @@ from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
 from kcrprune.measure.summary import to_markdown
+from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import ALL, FREE, PLACES, Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
@@ -24,7 +25,7 @@ from kcrprune.run.folder import RECORD, REPORT, STORE
 from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.metrics import LOG, line
-from kcrprune.run.opening import Network, Pool, as_used
+from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
 from kcrprune.run.shared import repeating, without_places
 from kcrprune.run.store import Result
 from kcrprune.training.features import feature_covariance
@@ -39,7 +40,7 @@ class Measured(Result):
 
 
 def measure_pruned(
-    context: Context, network: Network, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
+    context: Context, network: FromFile, pool: Pool, reference: Reference, cut: Cut, recovery: Recovery | None
 ) -> Measured:
     """The same figures as of the dense network, and how often the two agree."""
     model = rounded_(_final(network, cut, recovery), DTYPES[context.settings.dtype])
@@ -59,8 +60,8 @@ def _final(network: Network, cut: Cut, recovery: Recovery | None) -> nn.Module:
 
 def save(
     context: Context,
-    network: Network,
-    pool: Pool,
+    network: FromFile,
+    pool: FromFolder,
     reference: Reference,
     cut: Cut,
     recovery: Recovery | None,
@@ -78,8 +79,8 @@ def save(
 
 def _saved(
     context: Context,
-    network: Network,
-    pool: Pool,
+    network: FromFile,
+    pool: FromFolder,
     reference: Reference,
     cut: Cut,
     recovery: Recovery | None,
@@ -107,17 +108,42 @@ def _saved(
     places = {path: name for name in PLACES if (path := getattr(config, name)) is not None}
     words = {**places, network.opened.path: network.opened.path.name, folder: "run"}
     comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), words))
-    write_json(folder / "plan.json", cut.plan.model_dump(mode="json"))
+    source = {
+        "command": repeating(context.checkpoint, context.config, folder),
+        "images": pool.fingerprint,
+        "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
+    }
+    write_results(context, cut.plan, comparison, config, told, source)
+    return comparison
+
+
+def write_results(
+    context: Context,
+    plan: ChannelPlan,
+    comparison: Comparison,
+    config: RunConfig,
+    told: Record,
+    source: Mapping[str, Any],
+) -> None:
+    """What a run's folder holds beside the network; `source` says what it was made of. The record is the last."""
+    folder = context.folder
+    assert folder is not None, "a run that saves has a folder"
+    write_json(folder / "plan.json", plan.model_dump(mode="json"))
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / LOG, to_lines(told.history))
-    write_json(folder / RECORD, _record(context, network, pool, config, told))
-    return comparison
+    write_json(folder / RECORD, _record(context, config, told, source))
 
 
 def _write_model(
-    folder: Path, context: Context, network: Network, pool: Pool, cut: Cut, recovery: Recovery | None, found: Measured
+    folder: Path,
+    context: Context,
+    network: FromFile,
+    pool: FromFolder,
+    cut: Cut,
+    recovery: Recovery | None,
+    found: Measured,
 ) -> None:
     opened, fresh, config = network.opened, folder / STORE / MODEL_FILE, as_used(context.settings, network)
     fresh.unlink(missing_ok=True)
@@ -142,13 +168,10 @@ def _write_model(
     fresh.replace(folder / MODEL_FILE)
 
 
-def _record(context: Context, network: Network, pool: Pool, config: RunConfig, told: Record) -> dict[str, Any]:
-    assert context.folder is not None, "a run that saves has a folder"
+def _record(context: Context, config: RunConfig, told: Record, source: Mapping[str, Any]) -> dict[str, Any]:
     return machine_record(context.device) | {
-        "command": repeating(context.checkpoint, context.config, context.folder),
+        **source,
         "origins": {name: context.origins.get(name, "default") for name in ALL},
-        "images": pool.fingerprint,
-        "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
         "seed": config.seed,
         "stages": {time.stage: time.seconds for time in told.times},
         "processes": processes.count(),

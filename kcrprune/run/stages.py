@@ -3,11 +3,14 @@
 The first stages, which refuse, the choice and the last one, which writes, are made each time; all others are kept.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from kcrprune.config import NETWORK
-from kcrprune.run import cutting, measuring, opening, ranking, saving
+from kcrprune.run import cutting, given, given_saving, measuring, opening, ranking, saving
 from kcrprune.run.context import ALL
+from kcrprune.run.given import Source
 from kcrprune.run.stage import Stage
 from kcrprune.run.store import Codec
 
@@ -136,3 +139,15 @@ STAGES: Final = (
     *(*REFUSALS, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
     *(CUT_SEARCHED, CUT_SCORED, CHOOSE, RECOVER, MEASURE, SAVE),
 )
+
+
+def in_memory(source: Source) -> tuple[Stage, ...]:
+    """The same stages for a network in memory, which is opened, measured and saved in another way."""
+    others = {
+        "open": replace(OPEN, make=partial(given.open_given, source)),
+        "images": replace(POOL, make=partial(given.open_feeds, source)),
+        "task": replace(TASK, make=given.require_given_task),
+        "measure": replace(MEASURE, make=given_saving.measure_given, kept=Codec(given_saving.GivenFigures)),
+        "save": replace(SAVE, make=given_saving.save_run),
+    }
+    return tuple(others.get(stage.name, stage) for stage in STAGES)

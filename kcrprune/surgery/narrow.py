@@ -16,6 +16,8 @@ from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
 from kcrprune.surgery.norm import GatedNorm
 from kcrprune.surgery.swap import linear_at, swap_
 
+COUNTS = ("num_heads", "num_attention_heads")  # how modules of others call the number of their heads
+
 IndexMap = dict[str, dict[int, list[int]]]  # of each tensor that a plan cuts: what it keeps of each dimension
 
 
@@ -88,9 +90,7 @@ def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     for site in dict.fromkeys(group.site for group in groups if group.axis == "heads"):
         query, value = (entries[site, axis] for axis in PER_HEAD)
         if not (query.is_all and value.is_all):
-            slim = SLIM[type(model.get_submodule(site))].of(model.get_submodule(site))
-            slim.narrow_(query.kept_heads, query.channels, value.kept_width)
-            swap_(model, site, slim)
+            _narrow_attention_(model, site, query, value)
     for name, dims in index.items():
         _shrink_(model, name, dims)
     for group in groups:
@@ -99,6 +99,19 @@ def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
         if group.wide and not entries[group.key].is_all:
             _index_(model, group, entries[group.key].channels[0])
     return model
+
+
+def _narrow_attention_(model: nn.Module, site: str, query: Kept, value: Kept) -> None:
+    """Puts a slim attention in the place of a dense one; where there is none, its own forward serves fewer heads."""
+    dense = model.get_submodule(site)
+    if kind := SLIM.get(type(dense)):
+        slim = kind.of(dense)
+        slim.narrow_(query.kept_heads, query.channels, value.kept_width)
+        swap_(model, site, slim)
+        return
+    for name in COUNTS:
+        if getattr(dense, name, None) == value.heads:
+            setattr(dense, name, len(value.kept_heads))
 
 
 def expand_(model: nn.Module, pruned: nn.Module, plan: ChannelPlan) -> nn.Module:

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.observed import ReachedError, reading
 from kcrprune.surgery.swap import swap_
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+NO_REFIT: Final = "leave its block out with exclude, or give refit=False"
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,23 @@ class Step:
 
     `entry` are the modules between the block before and this one; where they are no modules in a row, and before the
     first block, the stream lies `apart`: it is taken from the images. `keeps` says that the block keeps the stream's
-    shape. What a block is handed beside the stream (rotary
-    positions, masks) is taken from one pass, since it does not depend on the images.
+    shape. What a block is handed beside the stream (rotary positions, masks) is taken from one pass for each shape of a
+    stream, since it does not depend on the images.
     """
 
     block: str
-    entry: tuple[str, ...]
-    extras: tuple[Any, ...]
-    keywords: Mapping[str, Any]
+    entry: tuple[str, ...] = ()
+    handed: Mapping[torch.Size, Arguments] = field(default_factory=dict)
+    beside: int = 0  # further things that the block gives in a tuple behind the stream
     apart: bool = False
     keeps: bool = True
     alone: bool = False  # no stream leads through the block
     holds: frozenset[str] = frozenset()  # the block and others inside it
+
+    def for_stream(self, shape: torch.Size) -> Arguments:
+        """What is handed beside a stream of this shape, or of this shape for another number of images."""
+        alike = (each for known, each in self.handed.items() if known[1:] == shape[1:])
+        return self.handed.get(shape) or next(alike, None) or next(iter(self.handed.values()))
 
 
 class Block(nn.Module):
@@ -43,7 +52,23 @@ class Block(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """The stream behind the block."""
-        return self.inside(stream, *self.step.extras, **self.step.keywords)
+        extras, keywords = self.step.for_stream(stream.shape)
+        return first_of(self.inside(stream, *extras, **keywords))
+
+
+def first_of(value: Any) -> Tensor:
+    """The stream of what a module takes or gives: it comes first, whatever there is beside it."""
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def _beside(value: Any) -> int:
+    """How many things lie behind the stream."""
+    return len(value) - 1 if isinstance(value, tuple | list) else 0
+
+
+def _taken(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The stream of what a module is called with."""
+    return inputs[0] if inputs else next(iter(keywords.values()))
 
 
 @dataclass(frozen=True)
@@ -56,34 +81,69 @@ class _Call:
     output: Any
 
     @property
-    def is_stream(self) -> bool:
-        """Whether one tensor goes in first and one comes out."""
-        return isinstance(self.output, Tensor) and bool(self.inputs) and isinstance(self.inputs[0], Tensor)
+    def stream(self) -> Any:
+        """What it takes in."""
+        return _taken(self.inputs, self.keywords) if self.inputs or self.keywords else None
 
     @property
-    def beside(self) -> list[Tensor]:
-        """The tensors that the module is handed beside the stream."""
-        return [value for value in (*self.inputs[1:], *self.keywords.values()) if isinstance(value, Tensor)]
+    def beside(self) -> Arguments:
+        """All else that it is called with."""
+        if self.inputs:
+            return self.inputs[1:], self.keywords
+        return (), dict(list(self.keywords.items())[1:])
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether a tensor goes in first and a tensor comes out first, with no other of them behind."""
+        first, *behind = self.output if isinstance(self.output, tuple | list) and self.output else (self.output,)
+        return isinstance(self.stream, Tensor) and isinstance(first, Tensor) and not any(map(torch.is_tensor, behind))
 
 
 @torch.no_grad()
-def walk(model: nn.Module, blocks: Sequence[str], images: Tensor) -> tuple[Step, ...]:
-    """How the stream passes the blocks, seen in one pass over `images`.
+def walk(model: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> tuple[Step, ...]:
+    """How the stream passes the blocks, seen in one pass over each of `batches`.
 
     No stream leads through a block that is handed more of the images, or for each of them, than one tensor, or gives
     more than one. A block inside another one that a stream leads through is no step of its own.
+    UnsupportedModelError where a block does not run once in a pass.
     """
-    calls = _calls(model, blocks, images)
-    alone = {call.name for call in calls if call.name in blocks and not call.is_stream}
-    if any(call.beside for call in calls if call.name in blocks):
-        others = _calls(model, blocks, torch.zeros_like(images).repeat(2, 1, 1, 1))
-        alone |= {
-            call.name
-            for call, other in zip(calls, others, strict=True)
-            if call.name in blocks
-            and not all(torch.equal(*pair) for pair in zip(call.beside, other.beside, strict=True))
-        }
-    return tuple(_steps(calls, blocks, alone))
+    passes = [_calls(model, blocks, images) for images in batches]
+    alone = {call.name for calls in passes for call in calls if call.name in blocks and not call.is_stream}
+    if any(isinstance(x, Tensor) for call in passes[0] if call.name in blocks for x in _flat(call.beside)):
+        others = [torch.zeros_like(images).repeat(2, 1, 1, 1) for images in batches if isinstance(images, Tensor)]
+        passes += [_calls(model, blocks, images) for images in others]
+    handed: dict[str, dict[torch.Size, Arguments]] = {name: {} for name in blocks}
+    for call in (call for calls in passes for call in calls if call.name in blocks and call.name not in alone):
+        known = handed[call.name]
+        alike = [shape for shape in known if shape[1:] == call.stream.shape[1:]]
+        if not all(_equal(known[shape], call.beside) for shape in alike):
+            alone.add(call.name)
+        known.setdefault(call.stream.shape, call.beside)
+    _require_once(passes[0], blocks)
+    return tuple(replace(step, handed=handed[step.block]) for step in _steps(passes[0], blocks, alone))
+
+
+def _require_once(calls: Sequence[_Call], blocks: Sequence[str]) -> None:
+    ran = [call.name for call in calls]
+    for block in blocks:
+        if (times := ran.count(block)) != 1:
+            raise UnsupportedModelError(f"{block} runs {times} times in a pass, not once; {NO_REFIT}")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What lies in nested containers."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else None
+    if parts is None:
+        yield value
+    else:
+        for part in parts:
+            yield from _flat(part)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two calls are handed the same; what is no tensor is taken to be."""
+    ours, theirs = ([part for part in _flat(value) if isinstance(part, Tensor)] for value in (one, other))
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 def _around(blocks: Sequence[str], alone: Set[str]) -> dict[str, str]:
@@ -95,7 +155,7 @@ def _around(blocks: Sequence[str], alone: Set[str]) -> dict[str, str]:
     return around
 
 
-def _calls(model: nn.Module, blocks: Sequence[str], images: Tensor) -> list[_Call]:
+def _calls(model: nn.Module, blocks: Sequence[str], images: Any) -> list[_Call]:
     """The calls of blocks and of what is not inside one, in the order of their ends."""
     calls: list[_Call] = []
 
@@ -123,14 +183,14 @@ def _steps(calls: Sequence[_Call], blocks: Sequence[str], alone: Set[str]) -> li
             continue
         holds = frozenset(name for name in blocks if around[name] == call.name)
         if call.name in alone:
-            steps.append(Step(call.name, (), (), {}, apart=True, keeps=False, alone=True, holds=holds))
+            steps.append(Step(call.name, apart=True, keeps=False, alone=True, holds=holds))
             previous = None
             continue
-        entry = _between(previous, call.inputs[0], made_by) if previous is not None else None
-        keeps = call.output.shape == call.inputs[0].shape
-        extras, apart = call.inputs[1:], entry is None
-        steps.append(Step(call.name, entry or (), extras, call.keywords, apart, keeps, holds=holds))
-        previous = call.output
+        entry = _between(previous, call.stream, made_by) if previous is not None else None
+        keeps, apart = first_of(call.output).shape == call.stream.shape, entry is None
+        step = Step(call.name, entry or (), {}, _beside(call.output), apart=apart, keeps=keeps, holds=holds)
+        steps.append(step)
+        previous = first_of(call.output)
     return steps
 
 
@@ -139,10 +199,10 @@ def _between(before: Any, after: Any, made_by: Mapping[int, _Call]) -> tuple[str
     entry: list[str] = []
     while after is not before:
         call = made_by.get(id(after))
-        if call is None or len(entry) > len(made_by):
+        if call is None or any(call.beside) or len(entry) > len(made_by):
             return None
         entry.insert(0, call.name)
-        after = call.inputs[0] if call.inputs else None
+        after = call.stream
     return tuple(entry)
 
 
@@ -152,11 +212,14 @@ def input_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
-    """What the module `name` gives when `model` runs on the inputs; the rest of the pass is skipped."""
-    seen: list[Tensor] = []
+def output_of(model: nn.Module, name: str, *inputs: Tensor) -> tuple[Tensor, int]:
+    """What the module `name` gives when `model` runs on the inputs, and how many things beside it.
 
-    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    The rest of the pass is skipped.
+    """
+    seen: list[Any] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         seen.append(output)
         raise ReachedError
 
@@ -167,7 +230,7 @@ def output_of(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
         pass
     finally:
         hook.remove()
-    return seen[0]
+    return first_of(seen[0]), _beside(seen[0])
 
 
 def read_by(model: nn.Module, name: str, *inputs: Tensor) -> Tensor:
@@ -192,9 +255,9 @@ def seen_in(
             raise ReachedError
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, taken: see(name, taken[0])
+        return lambda module, inputs, keywords: see(name, _taken(inputs, keywords))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name)) for name in modules]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in modules]
     try:
         with reading(model, {name: partial(see, name) for name in linears}):
             output = model(*inputs)
@@ -207,25 +270,33 @@ def seen_in(
 
 
 class Replay(nn.Module):
-    """In the place of a module whose outputs are known: gives `now`, whatever it is handed."""
+    """In the place of a module whose outputs are known: gives `now`, whatever it is handed.
+
+    `beside` tells how many things the module gives in a tuple behind the stream; they are None.
+    """
 
     now: Tensor
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+    def __init__(self, beside: int = 0) -> None:
+        super().__init__()
+        self.beside = beside
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """That output."""
-        return self.now
+        return (self.now, *(None,) * self.beside) if self.beside else self.now
 
 
-class _Passing(nn.Module):
-    def forward(self, stream: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
-        return stream
+class _Passing(Replay):
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        self.now = _taken(inputs, keywords)
+        return super().forward()
 
 
 @contextmanager
-def from_behind(model: nn.Module, blocks: Sequence[str]) -> Iterator[Replay]:
+def from_behind(model: nn.Module, steps: Sequence[Step]) -> Iterator[Replay]:
     """For the time of the block, `model` passes over its blocks: behind the last one lies what the replay gives."""
-    last = Replay()
-    stand_ins = {name: _Passing() for name in blocks[:-1]} | {blocks[-1]: last}
+    last = Replay(steps[-1].beside)
+    stand_ins = {step.block: _Passing(step.beside) for step in steps[:-1]} | {steps[-1].block: last}
     taken = {name: swap_(model, name, stand_in) for name, stand_in in stand_ins.items()}
     try:
         yield last
@@ -263,7 +334,8 @@ class RealTokens:
         return tokens.unflatten(0, (-1, self.seen)).index_select(1, self.places).flatten(0, 1)
 
 
-def real_tokens(model: nn.Module, norm: str, site: str, image: Tensor) -> RealTokens:
-    """Those of one image (1, ...)."""
-    marks = as_branch_sees(model, norm, site, image, torch.ones_like).flatten(0, -2)[:, 0]
+def real_tokens(model: nn.Module, norm: str, site: str, images: Tensor) -> RealTokens:
+    """Those of each of some images (B, ...), whose windows lie in adjacent rows."""
+    marks = as_branch_sees(model, norm, site, images, torch.ones_like).flatten(0, -2)[:, 0]
+    marks = marks[: len(marks) // len(images)]
     return RealTokens(marks.nonzero().squeeze(1), len(marks))

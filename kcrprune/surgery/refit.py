@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.families.given import glimpse, shown
 from kcrprune.families.linears import channels_last, is_linear
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
@@ -49,10 +50,11 @@ Streams = list[Tensor]  # the residual stream of each batch of images
 FitBlock = Callable[[nn.Module, Streams, Streams], None]  # (cut block, stream before it, dense stream behind it)
 
 
-def memory_of_refit(dense: nn.Module, groups: Sequence[Group], batches: Sequence[Tensor]) -> int:
+def memory_of_refit(dense: nn.Module, groups: Sequence[Group], batches: Sequence[Any]) -> int:
     """Bytes of the streams that a refit holds at once: those of a ViT, and more than those of a Swin."""
-    image = batches[0][:1].to(next(dense.parameters()).device)
-    return STREAMS * input_of(dense, groups[0].block, image).nbytes * sum(map(len, batches))
+    images = glimpse(batches[0]).to(next(dense.parameters()).device)
+    of_one = input_of(dense, groups[0].block, images).nbytes / len(images)
+    return round(STREAMS * of_one * sum(map(len, batches)))
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def refit_(
     dense: nn.Module,
     groups: Sequence[Group],
     plan: ChannelPlan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     *,
     ridge: float = 1e-3,
     keep: Keep | None = None,
@@ -81,7 +83,7 @@ def refit_(
     """
     device = next(pruned.parameters()).device
     blocks = list(dict.fromkeys(group.block for group in groups))
-    steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
+    steps = walk(dense, blocks, [images.to(device, non_blocking=True) for images in shown(batches)])
     kept = index_map(dense, groups, plan)
     rows = _rows(kept, device)
     keep = keep or on(device)
@@ -182,30 +184,30 @@ class _Pair:
         weights = zip(self.cut.parameters(), self.dense.parameters(), strict=True)
         return not torch.stack([(ours != theirs).any() for ours, theirs in weights]).any()
 
-    def restart_(self, block: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams) -> None:
+    def restart_(self, block: str, batches: Iterable[Any], dense_streams: Streams, cut_streams: Streams) -> None:
         """Takes both streams before a block from the images."""
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
             streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
 
-    def refit_alone_(self, fits: Iterable["_Fit"], batches: Sequence[Tensor]) -> None:
+    def refit_alone_(self, fits: Iterable["_Fit"], batches: Sequence[Any]) -> None:
         """Fits linears to their own dense outputs, from the images."""
         for fit in fits:
             self.refit_reader_(fit, self.from_images(fit, batches))
 
     def refit_classifiers_(
-        self, steps: Sequence[Step], batches: Sequence[Tensor], dense_streams: Streams, cut_streams: Streams
+        self, steps: Sequence[Step], batches: Sequence[Any], dense_streams: Streams, cut_streams: Streams
     ) -> None:
         """Fits the last linears of a network to their dense outputs: of the streams where these lead there."""
         names = {module: name for name, module in self.cut.named_modules()}
         led = not any(step.alone for step in steps) and all(step.keeps and not step.apart for step in steps[1:])
         for name in [names[classifier] for classifier in classifiers(self.cut)]:
             if led:
-                pairs = self.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
+                pairs = self.behind(steps, name, batches, dense_streams, cut_streams)
             else:
                 pairs = self.from_images(_Fit(name), batches)
             self.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
 
-    def from_images(self, fit: "_Fit", batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def from_images(self, fit: "_Fit", batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """What a fit takes of both, batch by batch, each in a pass of its own."""
         reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
         for images in _moved(batches, self.device):
@@ -233,10 +235,10 @@ class _Pair:
         self.advance_(dense_streams, cut_streams)
 
     def behind(
-        self, blocks: Sequence[str], name: str, batches: Iterable[Tensor], dense_streams: Streams, cut_streams: Streams
+        self, steps: Sequence[Step], name: str, batches: Iterable[Any], dense_streams: Streams, cut_streams: Streams
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What the linear `name` behind all blocks reads in both, batch by batch, of the streams behind them."""
-        with from_behind(self.dense, blocks) as dense, from_behind(self.cut, blocks) as cut:
+        with from_behind(self.dense, steps) as dense, from_behind(self.cut, steps) as cut:
             for images, *streams in zip(_moved(batches, self.device), dense_streams, cut_streams, strict=True):
                 dense.now, cut.now = _moved(streams, self.device)
                 yield read_by(self.dense, name, images), read_by(self.cut, name, images)
@@ -298,12 +300,14 @@ class _Pair:
         gamma, shift = self._affine(fit, fitted)
         outputs, inputs = fitted.weight.shape
         sums = NormalEquations.empty(inputs, outputs, self.device)
-        real = self._reordered(fit, cut_in.one())
+        known: dict[torch.Size, RealTokens | None] = {}  # by the shape of an image's stream
         for target, stream in zip(_moved(targets, self.device), cut_in, strict=True):
             seen = seen_in(self.cut, stream, linears=(fit.name,), modules=(fit.before,))
             z, before = seen[fit.name].flatten(0, -2), seen[fit.before]
             wanted = channels_last(fitted.linear, target.view_as(before) - before)
-            if real is not None:
+            if stream.shape[1:] not in known:
+                known[stream.shape[1:]] = self._reordered(fit, stream)
+            if (real := known[stream.shape[1:]]) is not None:
                 wanted = as_branch_sees(self.cut, fit.before, fit.site, stream, lambda _, wanted=wanted: wanted)
                 wanted, z = real.of(wanted.flatten(0, -2)), real.of(z)
             wanted = _taken(((wanted - shift) / gamma).flatten(0, -2), fit.rows)
@@ -373,7 +377,7 @@ def _rows(kept: IndexMap, device: torch.device) -> dict[str, Tensor]:
     return dict(zip(rows, every.split([len(of_one) for of_one in rows.values()]), strict=True))
 
 
-def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _moved(tensors: Iterable[Any], device: torch.device) -> Iterator[Any]:
     return (tensor.to(device, non_blocking=True) for tensor in tensors)
 
 

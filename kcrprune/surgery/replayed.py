@@ -28,17 +28,14 @@ class Replayed:
                 replay.now = self.outputs[name][index].to(self.device, non_blocking=True)
             yield stream.to(self.device, non_blocking=True)
 
-    def one(self) -> Tensor:
-        """That of the first image (1, ...)."""
-        stream = next(iter(self))
-        for replay in self.replays.values():
-            replay.now = replay.now[: len(replay.now) // len(stream)]  # windows of an image lie in adjacent rows
-        return stream[:1]
-
     def replay_(self, name: str) -> None:
         """From here on the branch `name` is not run."""
-        self.outputs[name] = [self.keep(output_of(self.block, name, stream)) for stream in self]
-        self.replays[name] = Replay()
+        self.outputs[name], beside = [], []
+        for stream in self:
+            output, others = output_of(self.block, name, stream)
+            self.outputs[name].append(self.keep(output))
+            beside.append(others)
+        self.replays[name] = Replay(max(beside))
         self.branches[name] = swap_(self.block, name, self.replays[name])
 
     def return_(self) -> None:

@@ -6,12 +6,14 @@ Letters: I inputs, O outputs of a linear, n tokens of a batch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kcrprune import processes
-from kcrprune.families import Group
+from kcrprune.families import Feed, Group
+from kcrprune.families.given import glimpse
 from kcrprune.families.linears import Linear, matrix
 from kcrprune.families.observed import watching
 from kcrprune.measure.algebra import ALGEBRA
@@ -108,7 +110,7 @@ def refitted_readers(open_: Sequence[Group]) -> dict[str, Group]:
 def innovations_of(
     model: nn.Module,
     open_: Sequence[Group],
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     generator: torch.Generator,
     outputs: Outputs | None = None,
 ) -> dict[str, Innovations]:
@@ -121,7 +123,7 @@ def innovations_of(
     wanted = refitted_readers(open_)
     if not wanted:
         return {}
-    image = batches[0][:1].to(next(model.parameters()).device, non_blocking=True)
+    image = glimpse(batches[0]).to(next(model.parameters()).device, non_blocking=True)
     moments = {
         name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()
     }
@@ -141,7 +143,7 @@ def innovations_of(
 def _gather_(
     model: nn.Module,
     moments: Mapping[str, LinearMoments],
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     generator: torch.Generator,
     outputs: Outputs | None,
 ) -> None:
@@ -156,9 +158,9 @@ def _gather_(
 
 
 @torch.no_grad()
-def _real(model: nn.Module, group: Group, image: Tensor) -> RealTokens | None:
-    """Which of the tokens of one image that reach a reader are no window padding; None: all."""
-    if group.axis not in PER_HEAD or group.stream is None:
+def _real(model: nn.Module, group: Group, image: Tensor | Feed) -> RealTokens | None:
+    """Which of the tokens of one image that reach a reader are no window padding; None: all, as of any feed."""
+    if group.axis not in PER_HEAD or group.stream is None or isinstance(image, Feed):
         return None
     real = real_tokens(model, group.stream, group.site, image)
     return None if real.all else real

@@ -131,9 +131,11 @@ def _rate(step: float, steps: int, warmup: int) -> float:
 
 
 def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, norms, tokens and tables do not, as in timm."""
+    """Matrices decay; biases, norms, tokens and tables do not, as in timm. What a user has frozen is left out."""
     exempt = getattr(model, "no_weight_decay", set)()
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
+        if name in getattr(model, "frozen", ()):
+            continue
         groups[parameter.ndim > 1 and name not in exempt and "table" not in name].append((name, parameter))
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
