@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Self
 
+import timm
 from pydantic import JsonValue
 from torch import nn
 
@@ -54,10 +57,12 @@ class Inferred:
     num_classes: int
     certain: bool
     notes: tuple[str, ...]
+    sized: bool = True  # timm builds it for an image of one size
 
     def changed(self, **arguments: Any) -> Self:
         """The same network with other arguments, of those named above."""
-        stated = {**self.architecture.arguments, **{key: _json(value) for key, value in arguments.items()}}
+        told = {key: _json(value) for key, value in arguments.items() if key != "img_size" or self.sized}
+        stated = {**self.architecture.arguments, **told}
         return replace(self, **arguments, architecture=self.architecture.model_copy(update={"arguments": stated}))
 
 
@@ -110,7 +115,8 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     """The registered network of these tensors; None where the file does not tell which, or contradicts them all."""
     name, why = _chosen(names, evidence)
     said: dict[str, JsonValue] = {key: evidence.argument(key)[0] for key in STATED}
-    said["img_size"] = _json(stated_size(evidence)[0] or as_size(evidence.usual_size))
+    asked = stated_size(evidence)[0] or as_size(evidence.usual_size)
+    said["img_size"] = _json(asked) if name and takes_size(name) else None
     stated: dict[str, JsonValue] = {key: value for key, value in said.items() if value is not None}
     if not name or stated.get("act_layer", "gelu") not in tuple(ACTIVATIONS):
         return None
@@ -122,9 +128,12 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
         return None
     if signatures.behaviour(model) == signatures.table()[name].behaviour:
         stated = {}
-    size, classes = as_size(model.patch_embed.img_size), classes_of(shapes)
+    patches = getattr(model, "patch_embed", None)
+    usual = getattr(timm.get_pretrained_cfg(name), "input_size", (3,))
+    size = as_size(getattr(patches, "img_size", None)) or asked or as_size(usual[1:])
     if size is None:
         return None
+    classes = classes_of(shapes)
     eps, eps_source = evidence.norm_eps
     own = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     notes = [f"{key} {value}: {evidence.argument(key)[1]}" for key, value in stated.items()]
@@ -132,14 +141,25 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
         notes.append(f"layer norms use epsilon {eps:g}: {eps_source}")
     found = Inferred(
         Architecture(family=family_of(model), name=name, arguments=stated, norm_eps=None if own == {eps} else eps),
-        in_chans=model.in_chans,
+        in_chans=getattr(model, "in_chans", usual[0]),
         img_size=size,
-        patch_size=model.patch_embed.patch_size[0],
+        patch_size=_first(getattr(patches, "patch_size", 1)),
         num_classes=classes,
         certain=True,
         notes=(f"architecture {name}: {why}", *notes),
+        sized=takes_size(name),
     )
     return found if classes == model.num_classes else found.changed(num_classes=classes)
+
+
+@cache
+def takes_size(name: str) -> bool:
+    """Whether timm builds a registered network for images of a size; others take any."""
+    return "img_size" in signature(type(build_outline(Architecture(family="", name=name), Path()))).parameters
+
+
+def _first(value: Any) -> int:
+    return value[0] if isinstance(value, tuple | list) else int(value or 1)
 
 
 def _chosen(names: Sequence[str], evidence: Evidence) -> tuple[str, str]:

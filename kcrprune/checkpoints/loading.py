@@ -1,7 +1,7 @@
 """Weights into a network, and only if every one of them has its place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kcrprune.checkpoints.clues import as_size
 from kcrprune.checkpoints.leftovers import needed_inside, refuse
 from kcrprune.checkpoints.shapes import DEEPEST
-from kcrprune.checkpoints.signatures import is_registered
+from kcrprune.checkpoints.signatures import CLASSIFIER, is_registered
 from kcrprune.checkpoints.tables import biases, positions
 from kcrprune.containers.contents import Shape, check_memory, shapes_of, some
 from kcrprune.errors import CheckpointError
@@ -146,14 +146,24 @@ def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
     Tables of positions of two sides are resized from the sizes of `own`, since timm's conversion takes each for a
     square where it can.
     """
+    wanted = shapes_of(model.state_dict())
+    missing = wanted.keys() - tensors.keys()
+    if all(wanted.get(name) == tuple(value.shape) for name, value in tensors.items()) and _classifies(missing):
+        return tensors  # they are the model's own, whatever it is
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
         resized = positions(tensors, model, own) | biases(tensors, model, own)
         rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
         if isinstance(model, VisionTransformer):
             return vision_transformer.checkpoint_filter_fn(rest, model, adapt_layer_scale=True) | resized
-        convert: Any = import_module(type(model).__module__)  # where timm keeps the conversion of a class
-        return convert.checkpoint_filter_fn(rest, model) | resized
+        module = import_module(type(model).__module__)  # where timm keeps the conversion of a class
+        convert: Any = getattr(module, "checkpoint_filter_fn", lambda tensors, model: tensors)
+        return convert(rest, model) | resized
+
+
+def _classifies(names: Iterable[str]) -> bool:
+    """Whether tensors are a classifier's, all of them."""
+    return all(CLASSIFIER.match(name) for name in names)
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which tensors of a file are the network's: wrappers opened, the layout recognised, prefixes removed."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -37,7 +38,8 @@ WRAPPERS: Final[dict[str, str]] = {
     "student": "student of a self-distilled network",
 }
 PREFERRED: Final = ("teacher", "ema", "base_encoder")  # words in a prefix, where a file holds several networks
-DEEPEST: Final = 4  # ours; wrappers inside wrappers
+DEEPEST: Final = 4  # ours; wrappers inside wrappers, and words of a prefix
+MOST_PREFIXES: Final = 16  # ours; that are tried before a table of tensors is no registered network
 MOST_TABLES: Final = 8  # ours
 MOST_TENSORS: Final = 20_000  # ours; the largest ViT of timm has 700
 FEWEST: Final = 8  # ours; a table with fewer tensors is no network (an optimizer has many such)
@@ -134,8 +136,13 @@ def _refs(table: Any) -> Refs:
 
 
 def _prefixes(refs: Refs, anchor: str) -> list[str]:
-    """What stands before an anchor, preferred ones first."""
-    found = [name.removesuffix(anchor) for name in refs if name == anchor or name.endswith("." + anchor)]
+    """What stands before an anchor, or before many tensors, preferred ones first."""
+    if anchor:
+        found = [name.removesuffix(anchor) for name in refs if name == anchor or name.endswith("." + anchor)]
+    else:
+        parts = (name.split(".") for name in refs)
+        counted = Counter("".join(f"{part}." for part in words[:depth]) for words in parts for depth in range(DEEPEST))
+        found = [prefix for prefix, count in counted.most_common(MOST_PREFIXES) if count >= FEWEST]
 
     def rank(prefix: str) -> tuple[int, int, str]:
         word = next((index for index, word in enumerate(PREFERRED) if word in prefix), len(PREFERRED))

@@ -85,13 +85,12 @@ def _measured(name: str) -> Known:
         near = ", ".join(get_close_matches(name, [row.name for row in table()], 3))
         hint = f"; near it: {near}" if near else ""
         raise ConfigError(f"timm has no network called {name!r}{hint}")
-    if not timm.models.is_model_in_modules(name, MODULES):
-        raise UnsupportedModelError(
-            f"{name} is not a VisionTransformer or SwinTransformer of timm, so it cannot be cut"
-        )
-    model = timm.create_model(name, pretrained=False, device="meta")
+    try:
+        model = timm.create_model(name, pretrained=False, device="meta")
+    except (NotImplementedError, RuntimeError) as error:  # it computes with its weights while it is built
+        raise UnsupportedModelError(f"{name} cannot be looked at without its weights, so it cannot be cut") from error
     family_of(model)
-    if not is_plain(model):
+    if not (timm.models.is_model_in_modules(name, MODULES) and is_plain(model)):
         raise UnsupportedModelError(
             f"{name} has parts that cannot be told from shapes; a file of its registered sizes opens without --arch"
         )

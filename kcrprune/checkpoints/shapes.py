@@ -10,6 +10,7 @@ from typing import Any
 
 from kcrprune.checkpoints.clues import Evidence
 from kcrprune.checkpoints.registry import Known
+from kcrprune.checkpoints.signatures import CLASSIFIER
 from kcrprune.checkpoints.sizes import Size, stated_size, table_size, windowed_size
 from kcrprune.containers.contents import Shape
 from kcrprune.errors import CheckpointError, UnsupportedModelError
@@ -131,8 +132,8 @@ def _patch(shapes: Shapes) -> tuple[int, int, int]:
 
 def classes_of(shapes: Shapes) -> int:
     """Outputs of the classifier, 0 where there is none."""
-    found = [shapes[name][0] for name in ("head.weight", "head.fc.weight") if len(shapes.get(name, ())) == 2]
-    return found[0] if found else 0
+    found = [name for name, shape in shapes.items() if CLASSIFIER.match(name) and len(shape) == 2]
+    return shapes[max(found)][0] if found else 0
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

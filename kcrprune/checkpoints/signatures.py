@@ -16,9 +16,11 @@ from torch import nn
 
 from kcrprune.containers.contents import Shape
 
+# a file's has any number of classes, or is missing: what timm calls the last linear of its networks
 CLASSIFIER: Final = re.compile(
-    r"head(_dist|\.fc)?\.(weight|bias)$"
-)  # a file's has any number of classes, or is missing
+    r"(head|head_dist|aux_head|classifier)(\.(fc|fc2|linear|proj|classifier|\d+))*\.(weight|bias)$"
+)
+HEADS: Final = ("head", "head_dist", "aux_head", "classifier")
 PREPROCESSING: Final = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -57,7 +59,7 @@ def behaviour(model: nn.Module) -> str:
     parts = [
         (name, type(module).__name__, _plain(vars(module), vars(module)))
         for name, module in model.named_modules()
-        if name.split(".")[0] not in ("head", "head_dist")
+        if name.split(".")[0] not in HEADS
     ]
     return _hash([parts, _plain(getattr(model, "pretrained_cfg", {}), PREPROCESSING)])[:8]
 

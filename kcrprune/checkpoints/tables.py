@@ -15,13 +15,17 @@ BIAS = ".relative_position_bias_table"
 
 def positions(tensors: dict[str, Tensor], model: Any, own: Any) -> dict[str, Tensor]:
     """The table (1, prefix + rows * columns, D) of a file for `model`, from `own`; not where both are squares."""
-    new, old = (tuple(getattr(network.patch_embed, "grid_size", None) or ()) for network in (model, own))
+    new, old = (_grid(network) for network in (model, own))
     if "pos_embed" not in tensors or max(len(set(new)), len(set(old))) < 2:
         return {}
     table = tensors["pos_embed"][:, 1 if "register_tokens" in tensors else 0 :]  # as timm's conversion of DINOv2 does
     if new != old:
         table = resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=table.shape[1] - prod(old))
     return {"pos_embed": table}
+
+
+def _grid(network: Any) -> tuple[int, ...]:
+    return tuple(getattr(getattr(network, "patch_embed", None), "grid_size", None) or ())
 
 
 def biases(tensors: dict[str, Tensor], model: nn.Module, own: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +35,7 @@ def biases(tensors: dict[str, Tensor], model: nn.Module, own: nn.Module) -> dict
         if not name.endswith(BIAS):
             continue
         new, old = (network.get_submodule(name.removesuffix(BIAS)) for network in (model, own))
-        windows: Any = new.window_size, old.window_size
+        windows: Any = getattr(new, "window_size", (1, 1)), getattr(old, "window_size", (1, 1))
         if any(rows != columns for rows, columns in windows):
             shape = new.get_parameter(BIAS[1:]).shape
             found[name] = resize_rel_pos_bias_table(tensors[name], windows[0], tuple(shape), old_window_size=windows[1])

@@ -14,6 +14,7 @@ from kcrprune.cli.options import (
     FreshOpt,
     JsonOpt,
     LatencyOpt,
+    ListOpt,
     ModelArg,
     OnnxOpt,
     OpsetOpt,
@@ -125,17 +126,33 @@ def evaluate(
 
 
 @takes_settings(*NETWORK)
-def inspect(file: FileArg, *, config: ConfigOpt = None, as_json: JsonOpt = False, given: dict[str, Any]) -> None:
-    """Say what a file holds and how far it can be cut.
+def inspect(
+    file: FileArg = None,
+    *,
+    list_: ListOpt = False,
+    form: FormatOpt = "table",
+    config: ConfigOpt = None,
+    as_json: JsonOpt = False,
+    given: dict[str, Any],
+) -> None:
+    """Say what a file holds and how far it can be cut; or, with --list, what of each network of timm can be.
 
     Nothing is trained, and no code of the file is run.
     """
+    form = "json" if as_json else form
+    if list_ == (file is not None):
+        raise ConfigError("inspect takes a FILE, or --list in its place")
+    if file is None:
+        from kcrprune.checkpoints.networks import networks
+
+        render.networks(networks(), form=form)
+        return
     settings = load_config(file=config, flags=given)
     with render.progress(quiet=False):
         from kcrprune import pipeline
 
         result = pipeline.inspect(file, settings)
-    render.inspection(result, as_json=as_json)
+    render.inspection(result, form=form)
 
 
 def demo(*, out: OutOpt = None, quiet: QuietOpt = False) -> None:

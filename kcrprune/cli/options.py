@@ -30,7 +30,12 @@ Format = Literal["table", "json", "markdown"]
 Form = Literal["onnx", "pt2", "timm"]
 
 CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file with weights, or its folder.")]
-FileArg = Annotated[Path, typer.Argument(metavar="FILE", help="Anything that may hold weights; nothing in it is run.")]
+FileArg = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="Anything that may hold weights; nothing in it is run.")
+]
+ListOpt = Annotated[
+    bool, typer.Option("--list", help="In place of a file: which of timm's networks can be cut, and how far.")
+]
 ModelArg = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, a run's folder or an ONNX file.")]
 OtherArg = Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")]
 RunArg = Annotated[

@@ -17,8 +17,8 @@ from kcrprune.cli.progress import LiveProgress, PlainProgress, QuietProgress
 from kcrprune.cli.streams import Output, Unheard
 from kcrprune.events import Event, Listener
 from kcrprune.measure import tables
-from kcrprune.measure.report import Comparison, Inspection, ModelReport
-from kcrprune.measure.summary import notes_of, tables_of, to_markdown
+from kcrprune.measure.report import Comparison, Inspection, ModelReport, Network
+from kcrprune.measure.summary import network_table, notes_of, tables_of, to_markdown
 from kcrprune.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:  # these modules import torch
@@ -100,12 +100,26 @@ def evaluation(result: "Evaluation", *, as_json: bool = False) -> None:
     line(f"{', '.join(figures)} on {result.images:,} images")
 
 
-def inspection(found: Inspection, *, as_json: bool = False) -> None:
+def inspection(found: Inspection, *, form: str = "table") -> None:
     """What a file is."""
-    if as_json:
+    if form == "json":
         _json(found)
+    elif form == "markdown":
+        line(to_markdown(found).rstrip())
     else:
         _described(found)
+
+
+def networks(found: Sequence[Network], *, form: str = "table") -> None:
+    """Which of timm's networks can be cut."""
+    if form == "json":
+        _json([network.model_dump() for network in found])
+        return
+    if form == "markdown":
+        line(tables.markdown(network_table(found)))
+        return
+    console = _console(Output(sys.stdout))
+    console.print(_drawn(network_table(found)))
 
 
 def line(text: str) -> None:

@@ -35,7 +35,8 @@ class SlimBeit(SlimAttention, BeitAttention):
         bias = self.of_kept_heads(shared_rel_pos_bias)
         if self.relative_position_bias_table is not None:
             bias = self._get_rel_pos_bias() + (0 if bias is None else bias)
-        return self.project(self.attend(*self.split(with_biases(self, x)), bias))
+        q, k, v = self.split(with_biases(self, x))
+        return self.project(self.attend(q, k, v, bias))
 
 
 class SlimRelPos(SlimAttention, RelPosAttention):
@@ -49,7 +50,8 @@ class SlimRelPos(SlimAttention, RelPosAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Self-attention over (B, N, D); the shared bias is (1, dense h, N, N)."""
         q, k, v = self.split(self.qkv(x))
-        bias = self.of_kept_heads(shared_rel_pos) if self.rel_pos is None else self.rel_pos.get_bias()
+        own: Any = self.rel_pos
+        bias = self.of_kept_heads(shared_rel_pos) if own is None else own.get_bias()
         return self.project(self.attend(self.q_norm(q), self.k_norm(k), v, bias))
 
 
@@ -203,10 +205,17 @@ class SlimConvit(SlimAttention, MHSA):
 class SlimGated(SlimAttention, GPSA):
     """ConViT's attention that blends in positions."""
 
+    qk: nn.Linear
+    v: nn.Linear
+    pos_proj: nn.Linear
+    rel_indices: Tensor
+    gating_param: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         """Self-attention over (B, N, D)."""
         if self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.get_rel_indices(x.shape[1])
+            make: Any = self.get_rel_indices
+            self.rel_indices = make(x.shape[1])
         q, k = (self.by_head(part) for part in self.qk(x).chunk(2, dim=-1))
         seen = ((self.gated(q) * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
         near = self.pos_proj(self.rel_indices).movedim(-1, 1).softmax(dim=-1)
@@ -237,6 +246,13 @@ class SlimPool(SlimAttention, AttentionPoolLatent):
     """Pooling by the attention of a learned token: SigLIP's head."""
 
     attn_drop = nn.Dropout(0.0)
+    pos_embed: Tensor | None
+    q: nn.Module
+    kv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    mlp: nn.Module | None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, N, D) to (B, D)."""

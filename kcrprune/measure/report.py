@@ -134,6 +134,18 @@ class Comparison(Frozen):
     notes: tuple[str, ...] = ()
 
 
+class Network(Frozen):
+    """A network that timm registers: what of it can be cut, how far, and what stays whole for which reason."""
+
+    name: str
+    family: str
+    transformer: bool  # it has attention
+    axes: tuple[Axis, ...] = ()
+    floor: Share | None = None  # smallest share of the MACs that all axes together reach, at the registered size
+    whole: dict[str, str] = Field(default_factory=dict)  # classes of attention that stay as they are, and why
+    refused: str = ""  # why nothing can be cut
+
+
 class Inspection(Frozen):
     """What a file is, how we know, and what could be cut; nothing is trained for it."""
 

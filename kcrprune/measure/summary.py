@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from kcrprune.measure import tables
-from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelReport, StageTime
+from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelReport, Network, StageTime
 from kcrprune.measure.tables import ABSENT, Table
 from kcrprune.plan import AXES, Axis
 
@@ -188,6 +188,20 @@ def fact_table(inspection: Inspection) -> Table:
         *((f"floor of recipe {name}", tables.figure(share)) for name, share in inspection.floor.items()),
     ]
     return Table("What it is", ("", "value"), tuple(rows))
+
+
+def network_table(networks: Sequence[Network]) -> Table:
+    """Timm's networks by name: what can be cut, the smallest share of the MACs, and what stays whole."""
+    rows = tuple(
+        (
+            network.name,
+            ", ".join(network.axes) or "refused",
+            ABSENT if network.floor is None else f"{network.floor:.3f}",
+            network.refused or "; ".join(f"{kind}: {reason}" for kind, reason in network.whole.items()) or ABSENT,
+        )
+        for network in networks
+    )
+    return Table("Networks of timm", ("name", "axes", "floor", "stays whole"), rows)
 
 
 def tables_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[Table, ...]:

@@ -27,7 +27,8 @@ def says_nothing(config: Mapping[str, Any], shapes: Shapes) -> Clues:
 class Layout:
     """Somebody's names.
 
-    `anchor` is the name of the patch embedding's weight: whatever stands before it in a file is a prefix.
+    `anchor` is the name of the patch embedding's weight: whatever stands before it in a file is a prefix. Where it is
+    '', whatever stands before many tensors may be one.
     `matches` sees the shapes by name, without the prefix; the first layout of the table that matches is taken.
     `convert` brings the tensors to timm's names, or to older names that timm's own conversion knows.
     `clues` reads the library's configuration (the config.json beside the file, or {}), and states its defaults.

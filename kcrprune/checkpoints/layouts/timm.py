@@ -45,7 +45,7 @@ def _is_registered(shapes: Shapes) -> bool:
     return bool(with_tensors(shapes))
 
 
-REGISTERED = Layout("timm", PATCH, _is_registered)
+REGISTERED = Layout("timm", "", _is_registered)
 OFFICIAL_SWIN = Layout("official Swin", PATCH, _is_official_swin, last_norm)
 SWIN = Layout("timm Swin", PATCH, _is_swin, last_norm)
 DISTILLED = Layout("distilled DeiT", PATCH, _is_distilled)
