@@ -3,12 +3,13 @@
 Every network that timm registers is built on the meta device, which takes no memory, and some of them run there; half
 an hour in all. Written are, in kcrprune/checkpoints, signatures.json (those that can be cut, and all that have the same
 tensors), registry.json (those of registry.MODULES that shapes tell) and networks.json (what of each can be cut, or why
-not), and networks.md beside this file.
+not), and networks.md beside this file. `python docs/networks.py 'levit*' 'xcit*'` renews what it says of these alone.
 """
 
 import json
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kcrprune.checkpoints import registry, signatures
+from kcrprune.checkpoints.networks import networks as table
 from kcrprune.checkpoints.registry import Known
 from kcrprune.checkpoints.signatures import Signature
 from kcrprune.config import RunConfig
@@ -29,8 +31,9 @@ from kcrprune.families.whole import attentions_in, left_whole
 from kcrprune.measure.report import Network
 from kcrprune.measure.tables import escaped
 from kcrprune.method.cost import MacCost
-from kcrprune.plan import AXES
+from kcrprune.plan import AXES, Axis
 from kcrprune.run.network import opened_groups
+from kcrprune.surgery.gated import matches
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "kcrprune" / "checkpoints"
@@ -49,9 +52,9 @@ The floor is the smallest share of the MACs that all axes together reach, at the
 """
 
 
-def networks() -> Iterator[tuple[str, nn.Module]]:
-    """Every network that timm registers and can build without memory."""
-    for name in timm.list_models():
+def networks(patterns: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Every network of such a name that timm registers and can build without memory."""
+    for name in (name for name in timm.list_models() if matches(name, patterns)):
         try:
             model = outline(name)
         except (NotImplementedError, RuntimeError, ValueError):  # it computes with its weights while it is built
@@ -76,12 +79,17 @@ def support_of(name: str, model: nn.Module) -> Network:
     about = {"name": name, "family": family, "transformer": bool(attentions_in(model))}
     try:
         family_of(model)
-        groups = groups_of(model)
-        open_ = {group.axis for group in groups if not group.whole}
-        axes = tuple(axis for axis in AXES if axis in open_)
-        return Network(**about, axes=axes, floor=floor_of(model, axes), whole=left_whole(model, groups))
+        axes, whole = parts_of(model)
+        return Network(**about, axes=axes, floor=floor_of(model, axes), whole=whole)
     except KcrPruneError as error:
         return Network(**about, refused=_reason(model, error))
+
+
+def parts_of(model: nn.Module) -> tuple[tuple[Axis, ...], dict[str, str]]:
+    """The axes that a network has, and the classes of attention that stay whole, with the reason."""
+    groups = groups_of(model)
+    open_ = {group.axis for group in groups if not group.whole}
+    return tuple(axis for axis in AXES if axis in open_), left_whole(model, groups)
 
 
 def _reason(model: nn.Module, error: KcrPruneError) -> str:
@@ -91,16 +99,16 @@ def _reason(model: nn.Module, error: KcrPruneError) -> str:
     return "no rule for any of its parts yet" if attentions_in(model) else "no attention, and no part with a rule"
 
 
-def floor_of(model: nn.Module, axes: Iterable[str]) -> float:
+def floor_of(model: nn.Module, axes: Iterable[Axis]) -> float:
     """The smallest share of the MACs that some axes reach, rounded up."""
     size = timm.get_pretrained_cfg(model.pretrained_cfg["architecture"]).input_size  # type: ignore[index, union-attr]
     images = torch.zeros(1, *size, device=next(model.parameters()).device)
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), math, kept_widths(), FlopCounterMode(display=False) as counter:
-        model(images)
-    macs = counter.get_total_flops() // 2
-    cost = MacCost.of(model, contract_of(model, images), macs)
-    share = opened_groups(cost, RunConfig(axes=tuple(axes))).floor() / macs  # type: ignore[arg-type]
+        contract = contract_of(model, images)
+    macs = counter.get_total_flops() // 2  # two operations are one multiply-accumulate
+    cost = MacCost.of(model, contract, macs)
+    share = opened_groups(cost, RunConfig(axes=tuple(axes))).floor() / macs
     return -(-share * 1000 // 1) / 1000
 
 
@@ -111,28 +119,40 @@ def signature_of(model: nn.Module) -> Signature:
 
 def row_of(name: str, model: nn.Module) -> dict[str, Any]:
     """The sizes and traits of a registered network that are not the usual ones."""
+    return _unusual(registry.describe(name, model))
+
+
+def _unusual(row: Known) -> dict[str, Any]:
     usual = {field.name: field.default for field in fields(Known)}
-    return {key: value for key, value in asdict(registry.describe(name, model)).items() if value != usual[key]}
+    return {key: value for key, value in asdict(row).items() if value != usual[key]}
 
 
-def tables() -> dict[Path, str]:
-    """The text of each table by its file."""
+def tables(patterns: Sequence[str] = ("*",)) -> dict[Path, str]:
+    """The text of each table by its file; what no pattern names stays as it stands there."""
     ordered = [name for module in registry.MODULES for name in timm.list_models(module=module)]
-    rows, found, covered, listed = {}, {}, set(), []
-    for name, model in networks():
+    rows = {row.name: json.dumps(_unusual(row)) for row in registry.table() if not matches(row.name, patterns)}
+    kept = {name: row for name, row in signatures.table().items() if not matches(name, patterns)}
+    listed = {network.name: network for network in table() if not matches(network.name, patterns)}
+    covered, found = {signature.tensors for signature in kept.values()}, {}
+    for name, model in networks(patterns):
         found[name] = signature_of(model)
-        listed.append(support_of(name, model))
+        listed[name] = support_of(name, model)
         if is_covered(model):
             covered.add(found[name].tensors)
             if name in ordered and registry.is_plain(model):
                 rows[name] = json.dumps(row_of(name, model))
-    kept = {name: " ".join(signature) for name, signature in found.items() if signature.tensors in covered}
+    kept |= {name: signature for name, signature in found.items() if signature.tensors in covered}
+    every = [listed[name] for name in sorted(listed)]
     return {
-        TABLES / "registry.json": "[\n" + ",\n".join(rows[name] for name in ordered if name in rows) + "\n]\n",
-        TABLES / "signatures.json": json.dumps(kept, indent=0) + "\n",
-        TABLES / "networks.json": "[\n" + ",\n".join(map(line_of, listed)) + "\n]\n",
-        PAGE: page(listed),
+        TABLES / "registry.json": _lines(rows[name] for name in ordered if name in rows),
+        TABLES / "signatures.json": json.dumps({name: " ".join(kept[name]) for name in sorted(kept)}, indent=0) + "\n",
+        TABLES / "networks.json": _lines(map(line_of, every)),
+        PAGE: page(every),
     }
+
+
+def _lines(rows: Iterable[str]) -> str:
+    return "[\n" + ",\n".join(rows) + "\n]\n"
 
 
 def line_of(network: Network) -> str:
@@ -177,5 +197,5 @@ def _row(family: str, axes: Any, whole: Any, refused: str, of_kind: list[Network
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # timm's own, to developers
-    for file, text in tables().items():
+    for file, text in tables(sys.argv[1:] or ("*",)).items():
         file.write_text(text, encoding="utf-8")

@@ -45,18 +45,22 @@ class Tiny:
     def model(self, seed: int = 0) -> nn.Module:
         """A fresh copy with weights that make every part matter (timm's own start is nearly the identity)."""
         torch.manual_seed(seed)
-        model = build(self.architecture)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim < 2 or "embed" in name or "token" in name or "table" in name:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-                else:
-                    parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-        return model
+        return shaken_(build(self.architecture))
 
     def images(self, count: int = 2, seed: int = 0) -> torch.Tensor:
         """Random inputs (count, C, H, W)."""
         return torch.randn(count, *self.input_size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def shaken_(model: nn.Module) -> nn.Module:
+    """Gives a network weights that make every part matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "embed" in name or "token" in name or "table" in name:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        else:
+            parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+    return model
 
 
 def _vit(label: str, name: str, **arguments: object) -> Tiny:

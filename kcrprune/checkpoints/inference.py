@@ -129,7 +129,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
     if signatures.behaviour(model) == signatures.table()[name].behaviour:
         stated = {}
     patches = getattr(model, "patch_embed", None)
-    usual = timm.get_pretrained_cfg(name).input_size  # type: ignore[union-attr]
+    usual = getattr(timm.get_pretrained_cfg(name), "input_size", (3,))
     size = as_size(getattr(patches, "img_size", None)) or asked or as_size(usual[1:])
     if size is None:
         return None

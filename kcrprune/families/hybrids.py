@@ -60,7 +60,7 @@ class SlimTinyVit(SlimByHead, TinyVitAttention):
 class SlimPvt(SlimAttention, PvtAttention):
     """PVT v2's, whose keys and values see a smaller map."""
 
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         """Self-attention over (B, N, D) of a map of that size."""
         q = self.by_head(self.q(x))
         if self.sr is not None:

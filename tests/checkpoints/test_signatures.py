@@ -52,8 +52,10 @@ def test_every_network_whose_sizes_are_known_is_in_the_table():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # timm's own, to developers
 def test_the_tables_are_those_of_the_installed_timm():
+    if f"with timm {timm.__version__};" not in (ROOT / "docs" / "networks.md").read_text():
+        pytest.skip("the tables are those of another timm")
     made = runpy.run_path(str(ROOT / "docs" / "networks.py"))["tables"]()
-    assert {file: (ROOT / "kcrprune" / "checkpoints" / file).read_text() for file in made} == made
+    assert {file: file.read_text() for file in made} == made
 
 
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 7}, {"num_classes": 0}])
