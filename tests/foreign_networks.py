@@ -83,6 +83,8 @@ FOREIGN: Final[dict[str, Callable[[], nn.Module]]] = {
     "hf clip": lambda: transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(**PLAIN, projection_dim=8)
     ),
+    "hf msn": lambda: transformers.ViTMSNModel(transformers.ViTMSNConfig(**PLAIN)),
+    "hf ijepa": lambda: transformers.IJepaModel(transformers.IJepaConfig(**PLAIN)),
     "hf siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**PLAIN)),
     "hf swin": lambda: transformers.SwinForImageClassification(
         transformers.SwinConfig(

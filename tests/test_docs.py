@@ -134,6 +134,17 @@ def test_the_loop_of_the_training_page_runs(tmp_path, monkeypatch):
     assert (graph.opset_import[0].version, graph.ir_version) == (17, 8)
 
 
+def test_the_page_on_networks_in_memory_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec("\n".join(blocks(ROOT / "docs" / "in-memory.md", "python")), found)  # our own page
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found["again"](images).logits, found["result"].model(images).logits)
+    listing = kcrprune.groups(found["GatedMlp"](8, 16), rules=found["rules"])
+    assert [(group.axis, group.width) for group in listing.groups] == [("mlp_hidden", 16)]
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """The toy family of docs/adding-a-family.md, added as the page says."""

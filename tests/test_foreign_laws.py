@@ -1,12 +1,13 @@
 """The laws on modules of other libraries, which keep their own forward: masking is cutting, MACs are those counted."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kcrprune.families import Feed, Given, contract_of
+from kcrprune.families import Feed, Given, Group, Slot, contract_of
 from kcrprune.families.given import Use
 from kcrprune.method.cost import MacCost
 from kcrprune.run.given import given_groups, part_macs
@@ -14,7 +15,7 @@ from kcrprune.surgery.certificate import certificate, unproven
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_
 from tests.conftest import dense_macs, random_plan
-from tests.foreign_networks import FOREIGN, OWN_RULES, OwnAttention, foreign, images
+from tests.foreign_networks import FOREIGN, OWN_RULES, OwnAttention, OwnMlp, foreign, images
 
 FEED = Feed(images(), 4)
 
@@ -73,16 +74,13 @@ def test_a_class_that_changed_its_forward_is_found_and_only_that_one(monkeypatch
 
 def test_a_norm_inside_that_no_rule_tells_of_is_found():
     network = given("own")
-    body = network.inside.body
+    body: Any = network.inside.body
     body["first"].down = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 24))
-    rules = {type(body["first"]): lambda site, module: _hidden(site, module)}
-    network.groups = given_groups(network.inside, "", rules)
+    network.groups = given_groups(network.inside, "", {OwnMlp: _behind_a_norm})
     assert "noise" in next(iter(unproven(network, network.groups, FEED).values()))
 
 
-def _hidden(site, module):
-    from kcrprune.families import Group, Slot
-
+def _behind_a_norm(site: str, module: Any) -> tuple[Group, ...]:
     if not isinstance(module.down, nn.Sequential):
         return ()
     written = tuple(Slot(f"{site}.{name}", 0) for name in ("up", "gate"))

@@ -14,7 +14,13 @@ import kcrprune
 
 def tower() -> CLIPVisionModelWithProjection:
     """A small one."""
-    shape = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 384}
+    shape = {
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "initializer_range": 0.08,
+    }
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**shape, image_size=32, patch_size=8, projection_dim=32))
 
 
@@ -49,7 +55,7 @@ def agreement(cut: nn.Module, dense: nn.Module, images: Tensor) -> float:
     return float((first == second).double().mean())
 
 
-def run(steps: int = 400, count: int = 1024, target: float = 0.6) -> dict[str, float]:
+def run(steps: int = 500, count: int = 512, target: float = 0.6) -> dict[str, float]:
     """Figures after, with and without the training behind the cut."""
     torch.manual_seed(0)
     data, fresh, model = scenes(count, (32, 32)), scenes(count // 2, (32, 32), seed=1), tower()
@@ -65,6 +71,8 @@ def run(steps: int = 400, count: int = 1024, target: float = 0.6) -> dict[str, f
             part="vision_model",
             target_flops=target,
             recover_steps=recover_steps,
+            calibration_images=256,
+            score_images=256,
         )
         before, after = result.comparison.before, result.comparison.after
         assert before.macs
@@ -77,5 +85,5 @@ def run(steps: int = 400, count: int = 1024, target: float = 0.6) -> dict[str, f
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="of the dense network's training")
+    parser.add_argument("--steps", type=int, default=500, help="of the dense network's training")
     sys.stdout.write(json.dumps(run(parser.parse_args().steps), indent=2) + "\n")

@@ -90,7 +90,7 @@ def found_shapes(model: nn.Module, data: list[Batch]) -> float:
     return sum(right) / len(right)
 
 
-def run(steps: int = 400, count: int = 48, target: float = 0.7) -> dict[str, float]:
+def run(steps: int = 300, count: int = 40, target: float = 0.7) -> dict[str, float]:
     """Figures before and after."""
     torch.manual_seed(0)
     data, fresh, model = batches(count, seed=0), batches(max(2, count // 4), seed=1), detector()
@@ -104,6 +104,8 @@ def run(steps: int = 400, count: int = 48, target: float = 0.7) -> dict[str, flo
         loss=losses,
         target_flops=target,
         recover_steps=min(60, steps),
+        calibration_images=256,
+        score_images=256,
         lr=1e-4,
     )
     before, after = result.comparison.before, result.comparison.after
@@ -119,5 +121,5 @@ def run(steps: int = 400, count: int = 48, target: float = 0.7) -> dict[str, flo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="of the dense network's training")
+    parser.add_argument("--steps", type=int, default=300, help="of the dense network's training")
     sys.stdout.write(json.dumps(run(parser.parse_args().steps), indent=2) + "\n")

@@ -51,7 +51,7 @@ def overlap(model: nn.Module, data: Scenes) -> float:
     return float((found & wanted).sum() / (found | wanted).sum())
 
 
-def run(steps: int = 300, count: int = 768, target: float = 0.6) -> dict[str, float]:
+def run(steps: int = 300, count: int = 512, target: float = 0.6) -> dict[str, float]:
     """Figures before and after."""
     torch.manual_seed(0)
     data, fresh, model = scenes(count, (48, 48)), scenes(count // 3, (48, 48), seed=1), Segmenter()
@@ -66,6 +66,8 @@ def run(steps: int = 300, count: int = 768, target: float = 0.6) -> dict[str, fl
         loss=task_loss,
         target_flops=target,
         recover_steps=min(60, steps),
+        calibration_images=256,
+        score_images=256,
     )
     before, after = result.comparison.before, result.comparison.after
     assert before.macs

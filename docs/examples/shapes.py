@@ -35,6 +35,6 @@ def scenes(count: int, size: tuple[int, int], seed: int = 0) -> Scenes:
     kinds = torch.stack((far.amax(0) <= 1, far.square().sum(0) <= 1, (far.amin(0) <= 0.3) & (far.amax(0) <= 1)))
     masks = kinds[classes, torch.arange(count)]
     colours = torch.rand(count, 3, 1, 1, generator=draw) + 0.5
-    images = 0.4 * torch.randn(count, 3, height, width, generator=draw) + colours * masks[:, None]
+    images = 0.2 * torch.randn(count, 3, height, width, generator=draw) + colours * masks[:, None]
     boxes = torch.stack((x - radius, y - radius, x + radius, y + radius), 1)
     return Scenes(images, classes, boxes, masks.long())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -120,8 +120,8 @@ class Branch:
 
 
 Rule = Callable[[str, nn.Module], tuple[Group, ...]]  # (name, module) to its groups, in the order of AXES
-Rules = Mapping[type | str, Rule]  # by exact class, or by its name where its library is not loaded for it
-Blocks = Mapping[type | str, Mapping[str, Branch]]
+Rules = Mapping[Any, Rule]  # by exact class, or by its name where its library is not loaded for it
+Blocks = Mapping[Any, Mapping[str, Branch]]
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def of_class(table: Mapping[type | str, T], cls: type) -> T | None:
+def of_class(table: Mapping[Any, T], cls: type) -> T | None:
     """The entry of exactly this class, by itself or by its name."""
     return table.get(cls) or table.get(class_name(cls))
 

@@ -13,7 +13,7 @@ Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn

@@ -87,8 +87,7 @@ def search_(
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
-    frozen = getattr(model, "frozen", ())
-    weights = [weight for name, weight in model.named_parameters() if name not in frozen]
+    weights = [weight for name, weight in model.named_parameters() if name not in getattr(model, "frozen", ())]
     for weight in weights:
         weight.requires_grad_(config.search_weight_lr > 0)
 
