@@ -142,12 +142,10 @@ def attention_rule(
         heads = attention.num_heads
         width = attention.proj.in_features // heads
 
-        def slot(word: str) -> Slot:
-            name, _, part = word.partition(":")
-            return Slot(f"{site}.{name}", 0, int(part or 0) * heads * width, width)
-
         def slots(words: str) -> tuple[Slot, ...]:
-            return tuple(slot(word) for word in words.split() if not _absent(attention, word.partition(":")[0]))
+            parted = (word.partition(":") for word in words.split())
+            there = ((name, int(part or 0)) for name, _, part in parted if not _absent(attention, name))
+            return tuple(Slot(f"{site}.{name}", 0, part * heads * width, width) for name, part in there)
 
         open_ = only(attention)
         plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")

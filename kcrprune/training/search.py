@@ -87,10 +87,8 @@ def search_(
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
-    weights = [weight for name, weight in model.named_parameters() if name not in getattr(model, "frozen", ())]
-    for weight in weights:
-        weight.requires_grad_(config.search_weight_lr > 0)
-
+    named = [(name, weight) for name, weight in model.named_parameters() if name not in getattr(model, "frozen", ())]
+    weights = [weight.requires_grad_(config.search_weight_lr > 0) for _, weight in named]
     training = partial(
         Training,
         device=accelerator.device,
@@ -101,9 +99,7 @@ def search_(
         listener=listener,
     )
     sampled = _Sampled(model, gates, objective, config, pace)
-    adamw = torch.optim.AdamW(
-        list(model.named_parameters()), lr=config.search_weight_lr, weight_decay=config.weight_decay
-    )
+    adamw = torch.optim.AdamW(named, lr=config.search_weight_lr, weight_decay=config.weight_decay)
     adam = torch.optim.Adam([("gates", gates.logits)], lr=config.search_lr)
     of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
     of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
