@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -151,17 +152,9 @@ def attention_rule(
         plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")
         turns = plain and "attn_query" in open_
         bare = _absent(attention, norm) and _absent(attention, "gate")  # proj reads what attention makes
+        query = Group(site, "attn_query", heads, width, slots(q) + slots(k), tie=tie(attention), whole=not turns)
         return (
-            Group(
-                site,
-                "attn_query",
-                heads,
-                width,
-                slots(q) + slots(k),
-                tie=tie(attention),
-                basis=basis if turns else "fixed",
-                whole=not turns,
-            ),
+            replace(query, basis=basis if turns else "fixed"),
             Group(
                 site,
                 "attn_value",
