@@ -202,7 +202,9 @@ def test_masking_is_cutting_and_the_rules_hold(name: str):
     assert cost.predicted(plan) == torch_macs(pruned, x[:1])
 
 
-@pytest.mark.parametrize("name", ["levit", "tiny_vit", "pvt", "mobilevit", "mobilevitv2", "efficientvit_msra"])
+@pytest.mark.parametrize(
+    "name", ["levit", "tiny_vit", "pvt", "maxvit", "mobilevit", "mobilevitv2", "efficientvit_msra"]
+)
 def test_balance_scores_and_refit_reach_every_group(name: str):
     model, x = copy.deepcopy(network(name)), images(12, 1).double()
     with torch.no_grad():

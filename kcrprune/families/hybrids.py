@@ -1,10 +1,10 @@
-"""Attentions of hybrid networks that can be cut: LeViT and its relatives, PVT, MaxViT, CAFormer."""
+"""Attentions of hybrid networks that can be cut: LeViT and its relatives, PVT, MaxViT, CoAtNet, CAFormer."""
 
 from typing import Any, Final
 
 from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.levit import Attention as LevitAttention
-from timm.models.maxxvit import AttentionCl
+from timm.models.maxxvit import Attention2d, AttentionCl
 from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.pvt_v2 import Attention as PvtAttention
 from timm.models.tiny_vit import Attention as TinyVitAttention
@@ -85,13 +85,31 @@ class SlimMaxVit(SlimAttention, AttentionCl):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """Self-attention over (B * windows, H, W, D), or over any other shape of tokens."""
-        qkv = self.qkv(x.flatten(1, -2))
-        if self.head_first:
-            q, k, v = self.by_head(qkv).split([self.query_dim, self.query_dim, self.value_dim], dim=-1)
-        else:
-            q, k, v = self.split(qkv)
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
-        return self.project(self.attend(q, k, v, bias)).view(*x.shape[:-1], -1)
+        attended = _attended(self, self.qkv(x.flatten(1, -2)), shared_rel_pos)
+        return self.project(attended).view(*x.shape[:-1], -1)
+
+
+class SlimCoAtNet(SlimAttention, Attention2d):
+    """CoAtNet's, over all positions of a map."""
+
+    def dense_widths(self) -> tuple[int, int]:
+        """By the convolutions that it is made of."""
+        return self.dim_head, self.dim_head
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """Self-attention over (B, D, H, W)."""
+        attended = _attended(self, self.qkv(x).flatten(2).transpose(1, 2), shared_rel_pos)
+        return self.project(attended.transpose(1, 2).unflatten(-1, x.shape[2:]))
+
+
+def _attended(attention: Any, qkv: Tensor, shared: Tensor | None) -> Tensor:
+    """What MaxViT's attentions make of q, k and v (B, N, ...), inside each head or side by side."""
+    if attention.head_first:
+        query, value = attention.query_dim, attention.value_dim
+        q, k, v = attention.by_head(qkv).split([query, query, value], dim=-1)
+    else:
+        q, k, v = attention.split(qkv)
+    return attention.attend(q, k, v, shared if attention.rel_pos is None else attention.rel_pos.get_bias())
 
 
 def _by_head(linear: str, reader: str, *, norm: str = "", affine: str = "", basis: Basis = "free") -> Rule:
@@ -139,6 +157,7 @@ def _maxvit(site: str, module: nn.Module) -> tuple[Group, ...]:
 
 
 SLIM_HYBRIDS: Final[dict[type, type[SlimAttention]]] = {
+    Attention2d: SlimCoAtNet,
     AttentionCl: SlimMaxVit,
     EfficientFormerAttention: SlimEfficientFormer,
     LevitAttention: SlimLevit,
@@ -147,6 +166,7 @@ SLIM_HYBRIDS: Final[dict[type, type[SlimAttention]]] = {
     TinyVitAttention: SlimTinyVit,
 }
 HYBRIDS: Final[dict[type, Rule]] = {
+    Attention2d: _maxvit,
     AttentionCl: _maxvit,
     EfficientFormerAttention: _by_head("qkv", "proj"),
     LevitAttention: _by_head("qkv.linear", "proj.ln.linear", norm="qkv.bn", affine="proj.ln.bn", basis="fixed"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, Key, Slot, owner_of
+from kcrprune.families.linears import matrix
 from kcrprune.families.observed import See, watching
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.sums import Sums
@@ -168,7 +169,7 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 def _rotate_value_(model: nn.Module, group: Group, moment: Tensor) -> None:
-    reader = linear_at(model, group.readers[0].owner).weight
+    reader = matrix(linear_at(model, group.readers[0].owner))
     columns = reader.double().unflatten(1, (group.heads, group.width)).transpose(0, 1)  # (h, D, d)
     scaled = columns if group.scale is None else columns * scale_of(model, group.scale).double()[None, :, None]
     rotation, inverse = balancing(moment, scaled.transpose(1, 2) @ scaled)

@@ -162,5 +162,7 @@ def _real(model: nn.Module, group: Group, image: Tensor | Feed) -> RealTokens | 
     """Which of the tokens of one image that reach a reader are no window padding; None: all, as of any feed."""
     if group.axis not in PER_HEAD or group.stream is None or isinstance(image, Feed):
         return None
+    if group.stream == group.site:  # nothing pads what is read as it is
+        return None
     real = real_tokens(model, group.stream, group.site, image)
     return None if real.all else real
