@@ -194,9 +194,14 @@ class RunConfig(Frozen):
         default=None,
         description="GiB that the refit's streams may take; beyond, they lie in files of the run. Else what is free.",
     )
+    max_minutes: PositiveFloat | None = Field(
+        default=None,
+        description="Minutes that the run may take; search and recovery end early for it, and the network is finished.",
+    )
     snapshot_minutes: PositiveFloat = Field(
         default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
     )
+    tensorboard: bool = Field(default=False, description="Write the training's figures for TensorBoard as well.")
     dtype: Dtype = Field(default="float32", description="What the weights of the cut network are stored in.")
 
     @property

@@ -41,6 +41,7 @@ from kcrprune.training.evaluate import Remembered, evaluate
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores
 from kcrprune.training.search import search_
@@ -53,7 +54,7 @@ STEPS, READS, RENEWS = 6, 3, 2  # of a training; figures are read every 3 steps,
 CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_every=RENEWS)
 ON_DEVICE = cast(Accelerator, SimpleNamespace(device=DEVICE, autocast=nullcontext))
 NETWORKS = [tiny for tiny in TINY if tiny.label in ("vit", "swin", "eva02_scaled")]
-OF_RENEWAL = 4  # waits: whether all is finite, two decompositions, the spectrum's way down
+OF_RENEWAL = 3  # waits: whether all is finite, two decompositions, the spectrum's way down
 
 
 @dataclass
@@ -221,7 +222,7 @@ def test_a_step_of_the_search_waits_for_nothing(bench: Bench):
         batches,
         lambda step: cycle(bench.loader()),
         feature_covariance(bench.dense, bench.batches(2)),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
     )
     require_free_steps([*steps[1:], bench.counts], up=6)  # images, labels and noise, for the weights and for the gates
@@ -237,7 +238,7 @@ def test_a_step_of_the_recovery_waits_for_nothing(bench: Bench):
         batches[0],
         bench.loader(),
         feature_covariance(bench.dense, bench.batches(2)),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
     )
     # images and labels; where held-out images are looked at, of each batch theirs and the dense logits

@@ -12,7 +12,7 @@ from typing import Any
 from kcrprune.version import __version__
 
 WEIGHTS = Path(__file__).parent / "weights"
-LIBRARIES = ("torch", "timm", "onnx", "onnxruntime")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu")  # those of them that are there
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -42,11 +42,11 @@ def first_images(data: Path, folder: Path, count: int) -> Path:
 
 def machine_facts(further: Sequence[str] = ()) -> dict[str, Any]:
     """Date, machine, threads and versions; `further` names libraries that need not be installed."""
-    versions = [f"kcrprune {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)]
-    for name in further:
-        try:
+    versions = [f"kcrprune {__version__}"]
+    for name in (*LIBRARIES, *further):
+        if there(name):
             versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
+        elif name in further:
             versions.append(f"{name} not installed")
     return {
         "date": date.today().isoformat(),
@@ -54,6 +54,14 @@ def machine_facts(further: Sequence[str] = ()) -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "versions": ", ".join(versions),
     }
+
+
+def there(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def processor() -> str:

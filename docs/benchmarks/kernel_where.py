@@ -38,6 +38,7 @@ from kcrprune.training.evaluate import Evaluation, evaluate
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.images.sets import open_images
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.parts import divide
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
@@ -191,7 +192,7 @@ class Bench(Workbench):
         start = perf_counter()
         recover_(
             model, objective, config, accelerator, parts.training.from_step, parts.held_out, covariance,
-            steps=protocol.steps, listener=ignore,
+            pace=Pace(protocol.steps), listener=ignore,
         )  # fmt: skip
         seconds = perf_counter() - start
         test, train = (_figures(evaluate(model, loader)) for loader in (parts.evaluation, plain.training))

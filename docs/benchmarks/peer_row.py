@@ -27,6 +27,7 @@ from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.recover import recover_
 
 BYTES = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
@@ -164,7 +165,7 @@ class Bench:
                 self.run.pool.parts.training.from_step,
                 self.run.pool.parts.held_out,
                 covariance,
-                steps=self.protocol.steps,
+                pace=Pace(self.protocol.steps),
                 listener=ignore,
             )
             seconds = perf_counter() - start

@@ -21,17 +21,18 @@ from rich.text import Text
 from kcrprune.events import Event, Note, StageEnded, StageStarted, StepDone
 from kcrprune.measure.tables import duration, figure
 
-SECONDS_BETWEEN_LINES = 10.0  # in a log, where every line stays
+SECONDS_BETWEEN_LINES = 30.0  # in a log, where every line stays
 
 
 class PlainProgress:
-    """Stages and notes as lines; of the steps, one line every few seconds and the last."""
+    """Stages and notes as lines; of the steps, one line every half minute and the last."""
 
     def __init__(self, console: Console, *, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
         self._console = console
         self._seconds_between = seconds_between
         self._steps: int | None = None
-        self._last_line = 0.0
+        self._started = self._last_line = 0.0
+        self._before: int | None = None  # steps that were done when the stage began
 
     def __enter__(self) -> Self:
         return self
@@ -45,8 +46,8 @@ class PlainProgress:
             case Note(text, warning):
                 self._say(f"warning: {text}" if warning else text)
             case StageStarted(stage, steps):
-                self._steps = steps
-                self._last_line = time.monotonic()
+                self._steps, self._before = steps, None
+                self._started = self._last_line = time.monotonic()
                 self._say(f"{stage} ..." if steps is None else f"{stage}, {steps} steps ...")
             case StepDone(stage, step, values):
                 self._step(stage, step, values)
@@ -55,13 +56,20 @@ class PlainProgress:
 
     def _step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
+        self._before = step - 1 if self._before is None else self._before
         is_news = bool(values) and step == self._steps
         if not is_news and now - self._last_line < self._seconds_between:
             return
         self._last_line = now
         of = "" if self._steps is None else f" of {self._steps}"
         figures = f": {figures_line(values)}" if values else ""
-        self._say(f"  {stage}, step {step}{of}{figures}")
+        self._say(f"  {stage}, step {step}{of}{self._left(step, now)}{figures}")
+
+    def _left(self, step: int, now: float) -> str:
+        """The time that the rest will take at the rate so far."""
+        if self._steps is None or self._before is None or step >= self._steps:
+            return ""
+        return f", {duration((self._steps - step) * (now - self._started) / (step - self._before))} left"
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -78,6 +86,7 @@ class LiveProgress:
             BarColumn(bar_width=24),
             _Steps(),
             TimeElapsedColumn(),
+            _Left(),
             console=console,
             transient=True,
         )
@@ -134,6 +143,14 @@ class _Steps(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+
+
+class _Left(ProgressColumn):
+    """The time that the rest will take; empty where that is not known."""
+
+    def render(self, task: Task) -> Text:
+        left = None if task.finished else task.time_remaining
+        return Text("" if left is None else f"{duration(left)} left")
 
 
 class _Bars(Progress):

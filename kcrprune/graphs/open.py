@@ -1,33 +1,31 @@
-"""Graphs from disk: checked as data, then run by ONNX Runtime on the CPU."""
+"""Graphs from disk: checked as data, then run by ONNX Runtime."""
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import ModelProto
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kcrprune.errors import CheckpointError, DataError
-from kcrprune.graphs import checks
+from kcrprune.errors import CheckpointError, ConfigError, DataError
+from kcrprune.graphs import checks, runtime
 from kcrprune.graphs.counted import graph_macs, skeleton, weight_count
 from kcrprune.graphs.record import GraphRecord
 from kcrprune.plan import Outputs, Preprocessing
 
-FATAL_ONLY = 4  # ONNX Runtime's log level; what fails is raised, too
-
 
 class OnnxModel:
-    """An ONNX graph from images to logits or features; called with a tensor, it runs on the CPU.
+    """An ONNX graph from images to logits or features; called with a tensor, it runs on `device`.
 
     ONNX Runtime loads the graph at the first call, so that looking at a file runs nothing of it.
     """
 
     def __init__(self, path: Path, model: ModelProto, *, img_size: int | tuple[int, int] | None = None) -> None:
-        self.path = path
+        self.path, self.device = path, "cpu"  # or cuda, cuda:N
         self.file_bytes = path.stat().st_size + checks.external_bytes(model, path.resolve().parent)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.record = GraphRecord.from_metadata(self.metadata)
@@ -97,21 +95,17 @@ class OnnxModel:
         try:
             logits = self._session.run([self._output], {self._image.name: array})[0]
             return torch.from_numpy(np.asarray(logits, dtype=np.float32))[: len(images)]
+        except ConfigError:
+            raise
         except Exception as error:  # ONNX Runtime's errors share no other base
             raise CheckpointError(f"{self.path} fails in ONNX Runtime: {_first_line(error)}") from error
 
     @cached_property
-    def _session(self) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = FATAL_ONLY
-        options.intra_op_num_threads = torch.get_num_threads()
+    def _session(self) -> Any:
         try:
-            return onnxruntime.InferenceSession(
-                self.path.resolve(),
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,  # its second attempt is the same, and it prints
-            )
+            return runtime.session(self.path, self.device)
+        except ConfigError:  # the device is not there
+            raise
         except Exception as error:  # ONNX Runtime's errors share no other base
             raise CheckpointError(f"{self.path} cannot be loaded by ONNX Runtime: {_first_line(error)}") from error
 

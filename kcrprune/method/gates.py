@@ -68,7 +68,7 @@ def _shaped(group: Group, flat: Tensor) -> Tensor:
     return flat.view(group.heads, -1) if group.axis in PER_HEAD else flat
 
 
-def temperature_at(step: int, steps: int, first: float, floor: float) -> float:
+def temperature_at(step: float, steps: int, first: float, floor: float) -> float:
     """Geometric schedule from `first` at step 0 to `floor` at the last step."""
     progress = step / max(1, steps - 1)
     return max(floor, first * (floor / first) ** progress)

@@ -45,12 +45,19 @@ class Covariance(Sums):
 
     def spectrum(self) -> Tensor:
         """The min(n, d) leading eigenvalues of K / n, descending, non-negative."""
-        eigenvalues = torch.linalg.eigvalsh(self.matrix).flip(0).clamp_min(0)
-        return eigenvalues[: min(self.images, len(eigenvalues))]
+        return self._leading(torch.linalg.eigvalsh(self.matrix))
 
     def basis(self, rank: int) -> Tensor:
         """The r leading eigenvectors of C, (d, r)."""
-        return torch.linalg.eigh(self.matrix).eigenvectors[:, -rank:].flip(1)
+        return self.spectrum_and_basis(rank)[1]
+
+    def spectrum_and_basis(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Both, from one decomposition."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return self._leading(values), vectors[:, -rank:].flip(1)
+
+    def _leading(self, ascending: Tensor) -> Tensor:
+        return ascending.flip(0).clamp_min(0)[: min(self.images, len(ascending))]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from kcrprune.measure.report import Comparison
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE, Asked
+from kcrprune.run.metrics import Metrics
 from kcrprune.run.stage import Results, Stage, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
@@ -67,6 +68,7 @@ def finish(
         context.tell(f"changed since the run was stopped: {', '.join(changed)}; what depends on it is made again")
     asked.write(folder)
     context.folder, store = folder, Store(folder / STORE)
-    comparison = execute(stages, context, store, given, wanted=("save",))["save"]
+    with Metrics(folder, context.listener, board=context.config.tensorboard) as context.listener:
+        comparison = execute(stages, context, store, given, wanted=("save",))["save"]
     store.drop_tensors()
     return comparison

@@ -12,7 +12,7 @@ from kcrprune.config import RunConfig, load_config, network_of
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
-from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx
+from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx, runtime
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost
@@ -60,6 +60,7 @@ def export(
     opset: int = 20,
 ) -> ExportResult:
     """Writes a model as ONNX, verified; without a model, that of the newest run below the current folder."""
+    _tell_of_two_runtimes(listener)
     opened = _opened(model, config, listener)
     path = onnx or _beside(opened, "model.onnx")
     macs = count_macs(opened.model, opened.preprocessing.input_size)
@@ -118,6 +119,11 @@ def _beside(opened: Opened, name: str) -> Path:
     return opened.path.with_name(name.replace("model", opened.path.stem, 1))
 
 
+def _tell_of_two_runtimes(listener: Listener) -> None:
+    if (told := runtime.told_of_both()) is not None:
+        listener(Note(told, warning=True))
+
+
 def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
     """Accuracy of a model or an ONNX file on labelled images.
 
@@ -126,11 +132,13 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
     if config.data is None and not config.dataset:
         raise ConfigError("evaluate needs images: name a folder with --data, or a timm dataset with --dataset")
     if model.suffix == ".onnx":
+        _tell_of_two_runtimes(listener)
         graph = open_onnx(model, img_size=config.img_size)
         if graph.preprocessing is None:
             raise ConfigError(
                 f"{model} does not say how its images are prepared; kcrprune export writes graphs that do"
             )
+        graph.device = config.device if config.device != "auto" else "cpu"  # what export compared it on
         predict, preprocessing, names = graph, graph.preprocessing, graph.class_names
         outputs = config.outputs or graph.outputs
         classes = len(names) if names else None

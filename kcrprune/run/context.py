@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Final, cast
 
 from accelerate import Accelerator
@@ -20,9 +20,12 @@ from kcrprune.training.images.unreadable import Replaced
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
+WAITED: Final = 0.2  # share of a stage that is worth a word
+LONG: Final = 30.0  # seconds of a stage
 ALL: Final = tuple(RunConfig.model_fields)
 FREE: Final = {  # settings that change no result: a run may go on with others, and any stage may read them
     "recipe": "what it stands for is in the other settings",
+    "tensorboard": "what is written beside the results",
     "workers": "who loads the images, not which",
     "snapshot_minutes": "how much a kill may cost",
     "max_memory": "where streams lie, not what they hold",
@@ -52,6 +55,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.device = open_accelerator(self.config.device, self.config.precision).device
+        self.started = monotonic()
         self.settings, self.record = self.config, self.records[""]
         self.snapshots: Snapshots = NO_SNAPSHOTS  # of the stage that is being made
 
@@ -113,6 +117,13 @@ class Context:
         if told := replaced.told(name):
             self.say(told, True)
             self.record.decisions[f"replaced images ({name})"] = replaced.names
+
+    def say_waited(self, stage: str, waited: float) -> None:
+        """Tells where loading images took much of a stage that has just ended."""
+        share, seconds = waited / max(self.record.times[-1].seconds, 1e-9), self.record.times[-1].seconds
+        if share > WAITED and seconds > LONG:
+            told = f"{stage}: {100 * share:.0f} % of the time was spent waiting for images"
+            self.tell(f"{told}; more --workers may help (now {self.config.workers})", True)
 
     def remember(self, training: str, history: Sequence[dict[str, float]]) -> None:
         """Takes down the course of a training, step by step."""

@@ -11,6 +11,7 @@ from kcrprune.measure.report import Accuracy
 from kcrprune.method.budget import Scores, solve
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
+from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
 from kcrprune.run.ranking import Ranked, Searched, Tightened, by_group, refit
@@ -135,6 +136,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
     if accuracy is not None and accuracy.distance is not None:
         context.say(f"after cut and refit, before recovery: relative squared distance {accuracy.distance:.4g}")
     steps = settings.recover_steps if settings.epochs is None else settings.epochs * len(pool.parts.training)
+    pace = pace_of(context, "recover", steps)
     with context.part("recover", steps):
         found = recover_(
             model,
@@ -144,12 +146,14 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             pool.parts.training.from_step,
             pool.parts.held_out,
             reference.seen(context.device),
-            steps=steps,
+            pace=pace,
             listener=context.listener,
             snapshots=context.snapshots,
         )
+    say_early(context, "recover", pace, len(found.history))
     _remember(context, found)
     context.say_replaced("recover", pool.parts.training.replaced)
+    context.say_waited("recover", pool.parts.training.waited)
     return Recovery(weights=model.state_dict(), cut=accuracy)
 
 

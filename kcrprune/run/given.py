@@ -20,6 +20,7 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import canonical_json
 from kcrprune.run.context import Context
+from kcrprune.run.metrics import require_board
 from kcrprune.run.opening import Network, Pool, say_without_effect
 from kcrprune.surgery.certificate import unproven
 from kcrprune.surgery.partial import walk
@@ -229,6 +230,8 @@ def open_feeds(source: Source, context: Context, network: InMemory) -> Pool:
 def require_given_task(context: Context, network: InMemory, pool: Pool) -> None:
     """ConfigError for what the network does not allow; says what the run starts from."""
     config, given, parts = context.settings, network.given, pool.parts
+    if config.tensorboard:
+        require_board()
     images = parts.replaced.images
     where = f"part {given.use.part!r} of {network.name}" if given.use.part else network.name
     macs = network.an_image(network.cost.dense)

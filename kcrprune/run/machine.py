@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from kcrprune.graphs import runtime
 from kcrprune.version import __version__
 
-LIBRARIES = ("torch", "timm", "torchvision", "safetensors", "fvcore", "onnx", "onnxruntime", "accelerate", "numpy")
+LIBRARIES = ("torch", "timm", "torchvision", "safetensors", "fvcore", "onnx", "accelerate", "numpy")
 
 
 def machine_record() -> dict[str, Any]:
@@ -24,7 +25,7 @@ def machine_record() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": devices,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: version(name) for name in LIBRARIES} | runtime.installed(),
         "command": " ".join(["kcrprune", *sys.argv[1:]]),
     }
 

@@ -23,6 +23,7 @@ from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan, Outputs, canonical_json
 from kcrprune.run.context import Context
 from kcrprune.run.describe import file_bytes
+from kcrprune.run.metrics import require_board
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.surgery.narrow import cut_, expand_
 from kcrprune.training.images.files import is_image
@@ -179,6 +180,8 @@ def open_pool(context: Context, network: FromFile) -> FromFolder:
 def require_task(context: Context, network: FromFile, pool: FromFolder) -> None:
     """ConfigError for a task that network and images do not allow; says what the run starts from."""
     config, opened, images = context.settings, network.opened, pool.images
+    if config.tensorboard:
+        require_board()
     context.say(f"{opened.architecture.name} ({opened.layout}), {network.cost.dense:,} MACs, {images.description}")
     for note in (*_told(network, config), *images.notes):
         context.say(note)

@@ -11,6 +11,7 @@ from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
+from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, plain_pass
 from kcrprune.run.memory import keep_streams
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
@@ -194,6 +195,7 @@ def search(
     }
     gates = add_gates_(model, network.groups, allowed(context, network).opened, innovations=innovations)
     steps = settings.search_steps if settings.epochs is None else settings.epochs * len(pool.parts.gates)
+    pace = pace_of(context, "search", steps)
     with context.part("search", steps):
         found = search_(
             model,
@@ -206,12 +208,14 @@ def search(
             pool.parts.weights.from_step,
             pool.parts.gates.from_step,
             reference.seen(context.device),
-            steps=steps,
+            pace=pace,
             listener=context.listener,
             snapshots=context.snapshots,
         )
     remove_gates_(model, gates)
+    say_early(context, "search", pace, len(found.history))
     context.remember("search", found.history)
     for batches in (pool.parts.gates, pool.parts.weights):
         context.say_replaced(batches.stage, batches.replaced)
+    context.say_waited("search", pool.parts.gates.waited + pool.parts.weights.waited)
     return Searched(scores=by_site(found.scores), weights=model.state_dict() if settings.search_weight_lr > 0 else None)

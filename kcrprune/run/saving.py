@@ -22,6 +22,7 @@ from kcrprune.run.describe import kernel_figures, report_of
 from kcrprune.run.folder import RECORD, REPORT, STORE
 from kcrprune.run.machine import machine_record, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
+from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
 from kcrprune.run.shared import without_places
 from kcrprune.run.store import Result
@@ -102,7 +103,7 @@ def write_results(
     write_json(folder / REPORT, comparison.model_dump(mode="json"))
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
-    write_text(folder / "log.jsonl", to_lines(told.history))
+    write_text(folder / LOG, to_lines(told.history))
     write_json(folder / RECORD, _record(source, config, told))
 
 
@@ -154,8 +155,7 @@ def to_toml(config: RunConfig) -> str:
 
 def to_lines(histories: Mapping[str, list[dict[str, int | float | None]]]) -> str:
     """One line of JSON for every training step."""
-    lines = [json.dumps({"stage": stage} | row) for stage, rows in histories.items() for row in rows]
-    return "".join(line + "\n" for line in lines)
+    return "".join(line(stage, row) for stage, rows in histories.items() for row in rows)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -82,7 +82,7 @@ SEARCH: Final = Stage(
     name="search",
     reads=(
         *("searches", "search_steps", "search_lr", "search_spread", "search_weight_lr"),
-        *("temperature", "temperature_floor", "target_flops"),
+        *("temperature", "temperature_floor", "target_flops", "max_minutes"),
         *ALLOWED,
         *LOSSES,
         *TRAINING,
@@ -113,7 +113,7 @@ CHOOSE: Final = Stage(
 )
 RECOVER: Final = Stage(
     name="recover",
-    reads=("recover_steps", "lr", "warmup_steps", "keep_best", *LOSSES, *TRAINING),
+    reads=("recover_steps", "lr", "warmup_steps", "keep_best", "max_minutes", *LOSSES, *TRAINING),
     after=("open", "images", "dense", "choose"),
     make=cutting.recover,
     kept=Codec(cutting.Recovery | None),

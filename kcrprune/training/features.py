@@ -79,5 +79,7 @@ class KernelWatch:
     def renew_(self) -> dict[str, float]:
         """Renews the objective's basis from what was seen, and returns its KC."""
         if self.objective.kernel_weight > 0:
-            self.objective.basis = self.seen.basis(self.rank)
-        return {"kc": kernel_complexity(self.seen.spectrum(), self.seen.images).kc}
+            spectrum, self.objective.basis = self.seen.spectrum_and_basis(self.rank)
+        else:
+            spectrum = self.seen.spectrum()
+        return {"kc": kernel_complexity(spectrum, self.seen.images).kc}

@@ -54,7 +54,7 @@ class FeedBatches:
 
     def __init__(self, feeds: Sequence[Feed], *, seed: int, stage: str) -> None:
         self.feeds, self.seed, self.stage = feeds, seed, stage
-        self.replaced = Replaced(sum(map(len, feeds)))
+        self.replaced, self.waited = Replaced(sum(map(len, feeds))), 0.0  # all are in memory
 
     def __len__(self) -> int:
         """Batches of an epoch."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kcrprune.errors import DivergedError
 from kcrprune.method.objective import Loss
+from kcrprune.training.pace import Pace
 from kcrprune.training.randomness import generator
 from kcrprune.training.step import Training
 
@@ -36,10 +37,10 @@ class Reconstruction:
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         weights = [weight for linear in linears for weight in linear.parameters()]
         optimizer = torch.optim.Adam(weights, lr=self.lr)
-        steps = self.epochs * len(before)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        pace = Pace(self.epochs * len(before))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=pace.steps)
         loss, device = partial(_loss, block), weights[0].device
-        training = Training(self.stage, loss, optimizer, device, self.seed, steps, schedule)
+        training = Training(self.stage, loss, optimizer, device, self.seed, pace, schedule)
         first, start = copy.deepcopy(block.state_dict()), stream_error(block, before, target)
         try:
             for epoch in range(self.epochs):

@@ -18,6 +18,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Objective
 from kcrprune.training.features import KernelWatch
 from kcrprune.training.losses import HeldOut
+from kcrprune.training.pace import Pace
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
 from kcrprune.training.step import Training
 
@@ -57,11 +58,11 @@ def recover_(
     held_out: DataLoader,
     covariance: Covariance,
     *,
-    steps: int,
+    pace: Pace,
     listener: Listener,
     snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> Recovered:
-    """Trains `model` for `steps` steps; it ends with the weights that did best on `held_out`, its first ones included.
+    """Trains `model` at a pace; it ends with the weights that did best on `held_out`, its first ones included.
 
     `batches` gives those from a step on. Without `config.keep_best` it ends with the last weights. A training that
     diverges is stopped, and ends with the best of those before.
@@ -69,7 +70,7 @@ def recover_(
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
     of 5e-5 and more, hence the small default and the look back.
     """
-    training = _training(model, objective, config, accelerator, steps, listener)
+    training = _training(model, objective, config, accelerator, pace, listener)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     measure, stopped = HeldOut(objective, held_out, accelerator.device), None
     if (state := snapshots.newest()) is not None:
@@ -83,13 +84,13 @@ def recover_(
     drawn = batches(training.done)
     model.train()
     try:
-        while training.done < steps:
+        while not pace.ended:
             loss = training.step_(next(drawn))
             step = training.done
-            checked = step % max(1, steps // CHECKS) == 0 or step == steps
+            checked = step % max(1, pace.steps // CHECKS) == 0 or pace.ended
             figures = {"held_out": measure.loss(model)} if checked else {}
             training.tell_(loss.parts | watch.see_(loss.features) | figures)
-            if figures.get("held_out", inf) < best.loss or (step == steps and not config.keep_best):
+            if figures.get("held_out", inf) < best.loss or (pace.ended and not config.keep_best):
                 best = _Best(best.before, figures["held_out"], step, copy.deepcopy(model.state_dict()))
             if training.all_told:
                 snapshots.offer(partial(_state, model, training, watch, best))
@@ -101,7 +102,7 @@ def recover_(
 
 
 def _training(
-    model: nn.Module, objective: Objective, config: RunConfig, accelerator: Accelerator, steps: int, listener: Listener
+    model: nn.Module, objective: Objective, config: RunConfig, accelerator: Accelerator, pace: Pace, listener: Listener
 ) -> Training:
     optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
     return Training(
@@ -110,8 +111,8 @@ def _training(
         optimizer,
         accelerator.device,
         config.seed,
-        steps,
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_steps)),
+        pace,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: _rate(pace.at, pace.steps, config.warmup_steps)),
         config.clip_grad,
         accelerator.autocast,
         listener,
@@ -122,7 +123,7 @@ def _state(model: nn.Module, training: Training, watch: KernelWatch, best: _Best
     return {"weights": model.state_dict(), "training": training.state(), "watch": watch.state(), "best": vars(best)}
 
 
-def _rate(step: int, steps: int, warmup: int) -> float:
+def _rate(step: float, steps: int, warmup: int) -> float:
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return (step + 1) / warmup

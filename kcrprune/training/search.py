@@ -22,6 +22,7 @@ from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.method.objective import Loss, Objective
 from kcrprune.method.shift import ExpectedMacs
 from kcrprune.training.features import KernelWatch
+from kcrprune.training.pace import Pace
 from kcrprune.training.randomness import generator
 from kcrprune.training.scores import prices
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
@@ -48,13 +49,13 @@ class _Sampled:
     gates: Gates
     objective: Objective
     config: RunConfig
-    steps: int
+    pace: Pace
     step: int = 0
 
     @property
     def temperature(self) -> float:
         """It falls from step to step."""
-        return temperature_at(self.step, self.steps, self.config.temperature, self.config.temperature_floor)
+        return temperature_at(self.pace.at, self.pace.steps, self.config.temperature, self.config.temperature_floor)
 
     def loss(self, what: str, images: Tensor, labels: Tensor) -> Loss:
         """Gates are drawn alike for each part of a batch, as a graph serves one backward pass."""
@@ -75,7 +76,7 @@ def search_(
     gate_batches: Batches,
     covariance: Covariance,
     *,
-    steps: int,
+    pace: Pace,
     listener: Listener,
     snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> Searched:
@@ -94,12 +95,12 @@ def search_(
         Training,
         device=accelerator.device,
         seed=config.seed,
-        steps=steps,
+        pace=pace,
         clip_grad=config.clip_grad,
         autocast=accelerator.autocast,
         listener=listener,
     )
-    sampled = _Sampled(model, gates, objective, config, steps)
+    sampled = _Sampled(model, gates, objective, config, pace)
     adamw = torch.optim.AdamW(weights, lr=config.search_weight_lr, weight_decay=config.weight_decay)
     of_gates = training("search", partial(sampled.loss, "gates"), torch.optim.Adam([gates.logits], lr=config.search_lr))
     of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
@@ -107,7 +108,7 @@ def search_(
     learned, parts = [gates.logits, *weights], {"gates": of_gates, "weights": of_weights, "watch": watch}
     _restore_(learned, parts, snapshots.newest())
     drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
-    while of_gates.done < steps:
+    while not pace.ended:
         sampled.step = of_gates.done
         figures: dict[str, Tensor | float] = {"temperature": sampled.temperature}
         if config.search_weight_lr > 0:

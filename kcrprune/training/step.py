@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kcrprune.errors import ConfigError, DivergedError, ran_out_of_memory
 from kcrprune.events import Listener, Note, StepDone, ignore
 from kcrprune.method.objective import Loss
+from kcrprune.training.pace import Pace
 from kcrprune.training.randomness import seeded
 from kcrprune.training.snapshots import State, load_, state_of
 
@@ -33,7 +34,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     device: torch.device
     seed: int
-    steps: int
+    pace: Pace
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     clip_grad: float = inf  # largest gradient norm
     autocast: Callable[..., AbstractContextManager] = nullcontext
@@ -50,15 +51,16 @@ class Training:
             self._halve_(len(batch[0]))
         norm = nn.utils.clip_grad_norm_(self._learned(), self.clip_grad)
         self.optimizer.step()
+        self.done += 1
+        self.pace.move_(self.done)
         if self.schedule is not None:
             self.schedule.step()
-        self.done += 1
         return replace(loss, parts=loss.parts | {"gradient_norm": norm})
 
     def tell_(self, figures: Mapping[str, Tensor | float]) -> None:
         """Takes the figures of the last step; DivergedError, when they are read, for one that is no finite number."""
         self._unread.append({"step": self.done, **figures})
-        if self.done % READ_EVERY[self.device.type] == 0 or self.done == self.steps:
+        if self.done % READ_EVERY[self.device.type] == 0 or self.pace.ended:
             rows, self._unread = _read(self._unread, self.device), []
             for row in rows:
                 self._take_(row)
@@ -72,6 +74,7 @@ class Training:
     def load_(self, state: State) -> None:
         """Goes on from a state."""
         self.done, self.history, self._part = state["done"], state["history"], state["part"]
+        self.pace.start_(self.done)
         load_(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])

@@ -328,8 +328,11 @@ def _work(cases: range, seed: int, seconds: float) -> None:
 
 
 def supervised(cases: range, seed: int, seconds: float = SECONDS) -> Iterator[Outcome]:
-    """All outcomes: libraries that were stopped half way are not themselves, so a bad case counts in a new process."""
-    following = cases.start
+    """All outcomes: libraries that were stopped half way are not themselves, so a bad case counts in a new process.
+
+    So does a death: C++ that calls Python back aborts where a signal has that raise.
+    """
+    following, died = cases.start, -1
     while following < cases.stop:
         command = [sys.executable, "-W", "ignore", "-m", "tests.cli.fuzz", "--worker", "--first", str(following)]
         command += ["--count", str(cases.stop - following), "--seed", str(seed), "--seconds", str(seconds)]
@@ -338,9 +341,12 @@ def supervised(cases: range, seed: int, seconds: float = SECONDS) -> Iterator[Ou
             for line in worker.stdout:
                 yield Outcome(**json.loads(line))
                 following += 1
-        if worker.returncode != 0:
-            yield Outcome(following, [], worker.returncode, 0.0, "the process died", "")
+        if worker.returncode != 0 and died == following:
+            yield Outcome(following, [], worker.returncode, 0.0, "the process died, twice", "")
             following += 1
+        elif worker.returncode != 0:
+            died = following
+            sys.stderr.write(f"case {died}: exit {worker.returncode}, tried once more\n")
 
 
 def main() -> int:

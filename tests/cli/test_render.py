@@ -1,6 +1,7 @@
 import io
 import json
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -114,14 +115,14 @@ def shown(make, pause=0.0, **console):
     return stream.getvalue()
 
 
-def test_a_log_gets_a_line_every_few_seconds_and_the_last_step(monkeypatch):
+def test_a_log_gets_a_line_now_and_then_and_the_last_step(monkeypatch):
     ticks = count()
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
-    assert shown(PlainProgress).splitlines() == [
+    assert shown(partial(PlainProgress, seconds_between=10)).splitlines() == [
         "warning: 2,048 images are generated",
         "search, 30 steps ...",
-        "  search, step 10 of 30: task 0.1, expected macs 0.7",
-        "  search, step 20 of 30: task 0.05, expected macs 0.7",
+        "  search, step 10 of 30, 20.0 s left: task 0.1, expected macs 0.7",
+        "  search, step 20 of 30, 10.0 s left: task 0.05, expected macs 0.7",
         "  search, step 30 of 30: task 0.03333, expected macs 0.7",
         "search: done in 1 min 15 s",
         "save ...",

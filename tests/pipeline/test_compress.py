@@ -74,7 +74,14 @@ def image_folder(root: Path, classes: int = 5, each: int = 8) -> Path:
 @pytest.mark.parametrize("tiny", [TINY[0], TINY[1], TINY[5]], ids=["vit", "deit_distilled", "swin"])
 def test_a_run_without_data_leaves_everything_that_repeats_it(tiny: Tiny, tmp_path: Path):
     events: list[Event] = []
-    result = pipeline.compress(save(tiny, tmp_path / "dense.safetensors"), SHORT, tmp_path / "run", events.append)
+    followed: list[str] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepDone) and event.values:  # the log can be followed
+            followed.append((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+
+    result = pipeline.compress(save(tiny, tmp_path / "dense.safetensors"), SHORT, tmp_path / "run", listen)
 
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
@@ -99,6 +106,7 @@ def test_a_run_without_data_leaves_everything_that_repeats_it(tiny: Tiny, tmp_pa
     assert tomllib.loads((result.folder / "config.toml").read_text())["target_flops"] == 0.8
     rows = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["search"] * 3 + ["recover"] * 3
+    assert rows == [json.loads(line) for line in followed]
     record = json.loads((result.folder / "run.json").read_text())
     assert record["seed"] == 42
     assert len(record["input"]["sha256"]) == 64

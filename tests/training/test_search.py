@@ -20,6 +20,7 @@ from kcrprune.method.shift import ExpectedMacs
 from kcrprune.plan import AXES, Axis
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
@@ -66,7 +67,7 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 
         from_step(tiny, 1),
         from_step(tiny, 2),
         feature_covariance(dense, [tiny.images(8)]),
-        steps=5,
+        pace=Pace(5),
         listener=events.append,
     )
     return dense, model, gates, found
@@ -213,7 +214,7 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
         from_step(tiny),
         batches(tiny, 7),
         feature_covariance(dense, [tiny.images(8)]),
-        steps=8,
+        pace=Pace(8),
         listener=lambda event: None,
     )
     held_out = [row["held_out"] for row in found.history if "held_out" in row]
@@ -240,7 +241,7 @@ def test_a_rate_that_ruins_the_network_leaves_it_as_it_was_if_the_best_is_kept(
         from_step(tiny_vit),
         batches(tiny_vit, 7),
         feature_covariance(dense, [tiny_vit.images(8)]),
-        steps=4,
+        pace=Pace(4),
         listener=lambda event: None,
     )
     diverged = rate > 10

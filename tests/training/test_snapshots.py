@@ -16,6 +16,7 @@ from kcrprune.events import ignore
 from kcrprune.run.snapshots import CODEC
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
+from kcrprune.training.pace import Pace
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import equal_scores
@@ -57,7 +58,7 @@ def recovered(tiny: Tiny, snapshots: Kept) -> tuple[dict[str, Tensor], Any]:
         from_step(tiny),
         DataLoader(TensorDataset(tiny.images(8, 3), torch.arange(8) % 5), 4),
         feature_covariance(dense, [tiny.images(8)]),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
         snapshots=snapshots,
     )
@@ -78,7 +79,7 @@ def searched(tiny: Tiny, snapshots: Kept) -> tuple[dict[str, Tensor], Any]:
         from_step(tiny),
         from_step(tiny),
         feature_covariance(dense, [tiny.images(8)]),
-        steps=STEPS,
+        pace=Pace(STEPS),
         listener=ignore,
         snapshots=snapshots,
     )

@@ -14,6 +14,7 @@ from kcrprune.events import Event, Note, StepDone
 from kcrprune.method.objective import Loss
 from kcrprune.training import step as step_module
 from kcrprune.training.images.batches import Batches
+from kcrprune.training.pace import Pace
 from kcrprune.training.step import Training
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def squares(model: nn.Module, at_once: int = 1000) -> Callable[[Tensor, Tensor],
 
 def training(model: nn.Module, loss: Callable[[Tensor, Tensor], Loss] | None = None, **options: Any) -> Training:
     optimizer = options.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), lr=0.01)
-    return Training("test", loss or squares(model), optimizer, CPU, seed=0, steps=12, **options)
+    return Training("test", loss or squares(model), optimizer, CPU, seed=0, pace=Pace(12), **options)
 
 
 def run_(training: Training, count: int) -> list[Loss]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import count, islice
 from math import ceil
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ class Batches:
 
     An epoch takes all images in an order of its own, but for those that fill no batch, and augments each by (seed,
     stage, epoch, image). So the number of processes that load changes no bit, nor does the step to begin with.
-    Iterated over, it is the first epoch. `replaced` names the images that could not be read, so far.
+    Iterated over, it is the first epoch. `replaced` names the images that could not be read, so far, and `waited` is
+    the time that whoever took the batches waited for them, in seconds.
     """
 
     def __init__(self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0) -> None:
         self.dataset, self.size, self.seed, self.stage, self.workers = dataset, size, seed, stage, workers
         self.images: int = len(dataset)  # type: ignore[arg-type]
         assert 0 < size <= self.images, "an epoch has at least one batch"
-        self.replaced = Replaced(self.images)
+        self.replaced, self.waited = Replaced(self.images), 0.0
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -52,7 +54,13 @@ class Batches:
 
     def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
         dataset = _Addressed(Replacing(self.dataset, self.seed, self.stage), self.seed, self.stage)
-        for images, labels, names in loader(dataset, min(self.workers, len(self)), batch_sampler=addresses):
+        batches = iter(loader(dataset, min(self.workers, len(self)), batch_sampler=addresses))
+        for number in count():
+            start = perf_counter()
+            if (batch := next(batches, None)) is None:
+                return
+            self.waited += perf_counter() - start if number > 0 else 0  # processes take a while to start
+            images, labels, names = batch
             self.replaced.note_(names)
             yield images, labels
 
