@@ -101,7 +101,7 @@ def compress(
     asked = recipe, None if config is None else Path(config), settings
     run, known, place = load_config(*asked), origins(*asked), None if out is None else Path(out)
     if isinstance(checkpoint, str | PathLike):
-        if images is not None or part or inputs or outputs or loss or rules:
+        if any(given is not None for given in (images, inputs, outputs, loss, rules)) or part:
             raise ConfigError(
                 "images, part, inputs, outputs, loss and rules are for a module in memory, not for a file"
             )

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kcrprune.errors import ConfigError, DataError, ran_out_of_memory
+from kcrprune.errors import ConfigError, DataError, KcrPruneError, ran_out_of_memory
 from kcrprune.families.contract import Group
 from kcrprune.families.observed import ReachedError
 
@@ -39,7 +39,7 @@ class Use:
 
     def arguments(self, batch: Any) -> Arguments:
         """What the network is called with."""
-        given = self.inputs(batch) if callable(self.inputs) else batch
+        given = asked("inputs", self.inputs, batch) if callable(self.inputs) else batch
         if isinstance(self.inputs, str | int):
             return _picked(batch, (self.inputs,))
         if isinstance(self.inputs, Sequence):
@@ -57,6 +57,17 @@ class Use:
             return (self.part,)
         asked = (self.outputs,) if isinstance(self.outputs, str | int) else self.outputs
         return tuple(map(str, asked))
+
+
+def asked(what: str, function: Callable[..., Any], *given: Any) -> Any:
+    """What a user's function gives; ConfigError names it, and the batch or output that it fails on."""
+    try:
+        return function(*given)
+    except Exception as error:  # whatever a stranger's code may raise
+        if isinstance(error, KcrPruneError) or ran_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{what} fails on {described(given[-1])} ({type(error).__name__}: {reason})") from error
 
 
 def _picked(batch: Any, keys: Sequence[str | int]) -> Arguments:
@@ -203,7 +214,9 @@ class Given(nn.Module):
             returned = self.called(feed)
         self.returned = returned if self.use.loss is not None else None
         if callable(self.use.outputs):
-            return _whole(dict(tensors_in(self.use.outputs(returned), "")), len(feed), "what outputs= gives")
+            return _whole(
+                dict(tensors_in(asked("outputs", self.use.outputs, returned))), len(feed), "what outputs= gives"
+            )
         found = {}
         for name in names:
             found |= _named(name, seen.get(name, returned), len(feed), whole=name in (*seen, ""))

@@ -30,7 +30,7 @@ from kcrprune.training.precision import require_one_process
 OF_FILES: Final = {  # settings that say how files are read, or what their labels are for
     *NETWORK,
     *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip", "workers"),
-    *("teacher", "task", "smoothing", "distill_temperature"),
+    *("batch_size", "teacher", "task", "smoothing", "distill_temperature"),
 }
 
 

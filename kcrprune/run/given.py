@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kcrprune.artifact.artifact import content_hash
 from kcrprune.config import RunConfig
-from kcrprune.errors import ConfigError, UnsupportedModelError
+from kcrprune.errors import ConfigError, DataError, UnsupportedModelError
 from kcrprune.families import BLOCKS, RULES, Feed, Given, Group, contract_of, find_groups, kept_widths
 from kcrprune.families.contract import Rules, class_name, of_class
 from kcrprune.families.given import Use, shown
@@ -20,9 +20,11 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import canonical_json
 from kcrprune.run.context import Context
+from kcrprune.run.metrics import require_board
 from kcrprune.run.opening import Network, Pool, say_without_effect
 from kcrprune.surgery.certificate import unproven
 from kcrprune.surgery.partial import walk
+from kcrprune.training.evaluate import NOT_FINITE
 from kcrprune.training.feeds import UsersObjective, divide_feeds, fingerprint, users_loss
 
 
@@ -107,7 +109,10 @@ def open_given(source: Source, context: Context) -> InMemory:
     notes = []
     given.groups = given_groups(given.inside, source.use.part, source.rules)
     given.scales = {name: _length(value) for name, value in given.outputs(feed).items()}
-    if not torch.equal(given(feed), given(feed)):
+    first, second = given(feed), given(feed)
+    if not first.isfinite().all():
+        raise DataError(NOT_FINITE)
+    if not torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max())):
         raise UnsupportedModelError(
             f"this {type(source.model).__name__} answers otherwise each time it is called, in eval mode too: nothing "
             "can be compared"
@@ -229,6 +234,8 @@ def open_feeds(source: Source, context: Context, network: InMemory) -> Pool:
 def require_given_task(context: Context, network: InMemory, pool: Pool) -> None:
     """ConfigError for what the network does not allow; says what the run starts from."""
     config, given, parts = context.settings, network.given, pool.parts
+    if config.tensorboard:
+        require_board()
     images = parts.replaced.images
     where = f"part {given.use.part!r} of {network.name}" if given.use.part else network.name
     macs = network.an_image(network.cost.dense)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
 from kcrprune.families import Feed, Given
-from kcrprune.families.given import Use, tensors_in
+from kcrprune.families.given import Use, asked, tensors_in
 from kcrprune.method.objective import UNLABELLED, Objective
 from kcrprune.plan import canonical_json
 from kcrprune.training.images.unreadable import Replaced
@@ -54,7 +54,7 @@ class FeedBatches:
 
     def __init__(self, feeds: Sequence[Feed], *, seed: int, stage: str) -> None:
         self.feeds, self.seed, self.stage = feeds, seed, stage
-        self.replaced = Replaced(sum(map(len, feeds)))
+        self.replaced, self.waited = Replaced(sum(map(len, feeds))), 0.0  # all are in memory
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -135,7 +135,7 @@ class UsersObjective(Objective):
 def users_loss(use: Use, returned: Any, batch: Any) -> Tensor:
     """The loss that a user takes; DataError where it is no number that gradients can be taken of."""
     assert use.loss is not None
-    found = use.loss(returned, batch)
+    found = asked("loss", use.loss, returned, batch)
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise DataError(f"loss gives {type(found).__name__}; it has to give one number as a tensor")
     return found.float().reshape(())

@@ -181,9 +181,16 @@ def test_the_listing_says_what_can_be_cut_and_why_not():
         ({"outputs": len}, (ConfigError, UnsupportedModelError), "outputs="),
         ({"inputs": None}, DataError, "cannot be called with .*pixel_values"),
         ({"inputs": "images"}, ConfigError, "does not fit a batch"),
+        (
+            {"inputs": lambda batch: batch["image"]},
+            ConfigError,
+            r"inputs fails on \{pixel_values.*: 'image'\)",
+        ),
+        ({"images": [{"pixel_values": torch.full((4, 3, 16, 16), torch.nan)}]}, DataError, "no finite numbers"),
         ({"images": [*loader(2), {"pixel_values": torch.ones(4, 1, 16, 16)}]}, DataError, r"\(4, 1, 16, 16\)"),
         ({"data": "folder"}, ConfigError, "data is for networks and images in files"),
         ({"rules": OWN_RULES | {nn.Dropout: OWN_RULES[OwnMlp]}}, ConfigError, "the rule for .*Dropout finds nothing"),
+        ({"loss": lambda returned, batch: batch["class"]}, ConfigError, "loss fails on .*KeyError"),
         ({"loss": lambda returned, batch: 1.0, "recover_steps": 1}, DataError, "one number as a tensor"),
     ],
 )
