@@ -44,7 +44,8 @@ def compress(
     """Compresses a checkpoint into a run folder.
 
     What can be refused is refused before there is a folder. A run that was stopped goes on where it was asked the same,
-    and one that is finished is shown again; neither with `fresh`. `origins` says where settings come from.
+    and one that is finished is shown again; neither with `fresh`,
+    nor are stages taken over that other runs beside it have finished. `origins` says where settings come from.
     """
     with repeating(wanted=config.deterministic):
         return _compressed(Context(checkpoint, config, listener, origins or {}), out, fresh=fresh)
@@ -64,7 +65,8 @@ def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult
         if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
             return RunResult(folder, _shown(folder))
-        return RunResult(folder, finish(context, folder, asked, given))
+        others = {} if fresh or processes.rank() > 0 else folders.relatives(folder, asked)
+        return RunResult(folder, finish(context, Store(folder / STORE, others), folder, asked, given))
 
 
 def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:
@@ -89,16 +91,16 @@ def _require_alike(asked: Asked) -> None:
 
 
 def finish(
-    context: Context, folder: Path, asked: Asked, given: Results, stages: Sequence[Stage] = STAGES
+    context: Context, store: Store, folder: Path, asked: Asked, given: Results, stages: Sequence[Stage] = STAGES
 ) -> Comparison:
     """Executes what is left of a run in its folder."""
-    context.folder, store = folder, Store(folder / STORE)
+    context.folder = folder
     if processes.rank() == 0:
         _begin(context, folder, asked, given)
     metrics = Metrics(folder, context.listener, board=context.config.tensorboard)
     with metrics if processes.rank() == 0 else nullcontext(context.listener) as context.listener:
         comparison = execute(stages, context, store, given, wanted=("save",))["save"]
-    store.drop_tensors()
+    store.drop_snapshots()
     return comparison
 
 

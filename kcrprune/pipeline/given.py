@@ -21,9 +21,10 @@ from kcrprune.measure.report import Comparison
 from kcrprune.pipeline.compress import finish, load
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
-from kcrprune.run.folder import RECORD, Asked
+from kcrprune.run.folder import RECORD, STORE, Asked
 from kcrprune.run.given import Source
 from kcrprune.run.stages import REFUSALS, in_memory
+from kcrprune.run.store import Store
 from kcrprune.training.feeds import read_feeds
 from kcrprune.training.precision import require_one_process
 
@@ -73,7 +74,7 @@ def compress_given(
             context.tell(f"{folder} is finished and was asked the same; it is shown again (fresh makes a new one)")
             comparison = folders.comparison(folder)
         else:
-            comparison = finish(context, folder, asked, given, stages)
+            comparison = finish(context, Store(folder / STORE), folder, asked, given, stages)
         record = json.loads((folder / RECORD).read_text("utf-8"))
         cut = restored(model, folder, rules)
         return GivenResult(cut, comparison, record["decisions"]["distances"], None if out is None else folder)

@@ -113,12 +113,16 @@ class Context:
         """A sentence about how the run goes, for whoever watches."""
         self.listener(Note(text, warning))
 
-    def continues_after(self, kept: Sequence[Record]) -> bool:
-        """Tells which parts are kept from before."""
-        parts = dict.fromkeys(time.stage for record in kept for time in record.times)
-        if parts:
-            self.tell(f"continues after: {', '.join(parts)} (kept from before)")
-        return bool(parts)
+    def continues_after(self, kept: Sequence[tuple[Record, str | None]]) -> bool:
+        """Tells which parts are kept from before, or were taken over from another run of that name."""
+        told = False
+        for source in dict.fromkeys(source for _, source in kept):
+            times = (time for record, of_one in kept if of_one == source for time in record.times)
+            if parts := ", ".join(dict.fromkeys(time.stage for time in times)):
+                before = f"continues after: {parts} (kept from before)"
+                self.tell(f"taken over from {source}: {parts}; what follows is made anew" if source else before)
+                told = True
+        return told
 
     def say_replaced(self, name: str, replaced: Replaced) -> None:
         """Names the images that could not be read: the first in a sentence, all in the run's record."""

@@ -27,6 +27,7 @@ STORE: Final = "stages"
 ASKED: Final = "asked.json"  # in the store: what the run is asked to do
 REPORT: Final = "report.json"
 RECORD: Final = "run.json"
+RELATIVES: Final = 16  # other runs, at most, that finished stages are looked for in
 
 
 class Asked(Frozen):
@@ -137,6 +138,21 @@ def _asked_the_same(asked: Asked) -> list[Path]:
     runs = RUNS.iterdir() if RUNS.is_dir() else ()
     same = [folder for folder in runs if Asked.read(folder) == asked]
     return sorted(same, key=lambda folder: (folder / STORE / ASKED).stat().st_mtime_ns, reverse=True)
+
+
+def relatives(folder: Path, asked: Asked) -> dict[Path, str]:
+    """The stores of other runs of the same checkpoint beside a folder, the newest first, and what they differ in."""
+    found = []
+    with suppress(OSError):
+        found = [path for path in folder.absolute().parent.iterdir() if (path / STORE / ASKED).is_file()]
+    found = [path for path in found if path != folder.absolute()]
+    newest = sorted(found, key=lambda path: (path / STORE / ASKED).stat().st_mtime_ns, reverse=True)[:RELATIVES]
+    runs = {path: run for path in newest if (run := Asked.read(path)) and run.checkpoint == asked.checkpoint}
+    return {path / STORE: f"{path.name} ({_told(run.differences(asked))})" for path, run in runs.items()}
+
+
+def _told(differences: Sequence[str]) -> str:
+    return f"which differs in {', '.join(differences)}" if differences else "which was asked the same"
 
 
 @contextmanager

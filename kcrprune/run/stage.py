@@ -57,21 +57,21 @@ def execute(
     *,
     wanted: Sequence[str],
 ) -> Results:
-    """The results of the `wanted` stages; of those in between, what the store has is not made again.
+    """The results of the `wanted` stages; of those in between, what the store has, or can take over, is not made again.
 
     `given` are results of an earlier call. A result is forgotten behind the last stage that takes it, and goes the way
     over its files' form even in memory, so that a run that was stopped goes on with the very same numbers.
     """
     given = given or Results()
     found = Results(dict(given.values), dict(given.keys))
-    kept, told = list[Record](), False
+    kept, told = list[tuple[Record, str | None]](), False
     for number, stage in enumerate(stages):
         if stage.name in found.keys:
             continue
         key = stage.key(context.config, found.keys)
         if store is not None and stage.kept is not None and store.has(key):
             context.records[stage.name] = store.record(key)
-            kept.append(context.records[stage.name])
+            kept.append((context.records[stage.name], store.source(key)))
             found.values[stage.name] = cache(partial(store.result, key, stage.kept))
         else:
             if kept and not told:

@@ -2,12 +2,15 @@
 
 STORE/NAME-DIGEST/ holds `data.json`, `tensors.safetensors` and `record.json`. Nothing is pickled. Of several processes
 the first reads and writes; the others get from it what it has.
+A result that another run's store has is taken over from there, as links to the same files where the disk allows that.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
@@ -76,15 +79,19 @@ class Codec(Generic[R]):
 
 
 class Store:
-    """The results of stages below one folder."""
+    """The results of stages below one folder; `others` are further stores that they may be taken from, named."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, others: Mapping[Path, str] = MappingProxyType({})) -> None:
+        self.folder, self.others = folder, others
+        self._sources: dict[Key, str] = {}
 
     def has(self, key: Key) -> bool:
-        """Whether the whole result is here."""
-        folder = self.folder / str(key)
-        return processes.of_first(lambda: all((folder / name).is_file() for name in (DATA, TENSORS, RECORD)))
+        """Whether the whole result is here, or was elsewhere and is here now."""
+        return processes.of_first(lambda: _is_whole(self.folder / str(key)) or self._take_over_(key))
+
+    def source(self, key: Key) -> str | None:
+        """The name of the store that a result was taken over from."""
+        return self._sources.get(key)
 
     def record(self, key: Key) -> Record:
         """What a stage told."""
@@ -104,18 +111,35 @@ class Store:
         return self.folder / f"{key}{SNAPSHOTS}"
 
     def drop_snapshots(self, key: Key | str = "*") -> None:
-        """Removes those of a stage that is whole now, or all."""
+        """Removes those of a stage that is whole now, or all that are left."""
         for folder in self.folder.glob(f"{key}{SNAPSHOTS}") if processes.rank() == 0 else ():
             shutil.rmtree(folder, ignore_errors=True)
 
-    def drop_tensors(self) -> None:
-        """Removes what is large, for a run whose network is saved; what was told and decided stays."""
-        self.drop_snapshots()
-        for tensors in self.folder.glob(f"*/{TENSORS}") if processes.rank() == 0 else ():
-            tensors.unlink()
+    def _take_over_(self, key: Key) -> bool:
+        for store, name in self.others.items():
+            found = store / str(key)
+            if _is_whole(found):
+                with suppress(KcrPruneError, OSError):  # then it is made
+                    make_folder_atomically(self.folder / str(key), partial(_link, found))
+                    self._sources[key] = name
+                    return True
+        return False
 
     def _json(self, key: Key, name: str) -> Any:
         return json.loads((self.folder / str(key) / name).read_text(encoding="utf-8"))
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (DATA, TENSORS, RECORD))
+
+
+def _link(source: Path, folder: Path) -> None:
+    """Puts the files of a result into a folder, without a copy where the disk allows it; nobody writes into them."""
+    for name in (DATA, TENSORS, RECORD):
+        try:
+            (folder / name).hardlink_to(source / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
 
 
 def of_first(make: Callable[[], Packed]) -> Packed:

@@ -104,8 +104,8 @@ def search_(
     of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
     of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    learned, parts = [gates.logits, *weights], {"gates": of_gates, "weights": of_weights, "watch": watch}
-    _restore_(learned, parts, snapshots.newest())
+    learned, parts = [gates.logits, *weights], {"weights": of_weights, "gates": of_gates, "watch": watch}
+    _restore_(learned, parts, snapshots.newest())  # the gates behind the weights: they set the pace
     drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
     while not pace.ended:
         sampled.step = of_gates.done

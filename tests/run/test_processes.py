@@ -18,7 +18,7 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import LostProcessError
 from kcrprune.events import Note, StageStarted, ignore
 from kcrprune.run.folder import RECORD, STORE
-from kcrprune.run.store import TENSORS, Store
+from kcrprune.run.store import TENSORS
 from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
 
@@ -33,7 +33,6 @@ def share(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()})
-    Store.drop_tensors = lambda self: None  # they are compared
     result = pipeline.compress(folder / "dense.safetensors", CONFIG, folder / "two", ignore)
     (folder / f"{rank}.json").write_text(result.comparison.model_dump_json())
 
@@ -57,9 +56,7 @@ def folder(tmp_path_factory):
         port = free.getsockname()[1]
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares each the import of torch
     start_processes(share, (folder, port), nprocs=2, start_method="fork" if fork else "spawn")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "drop_tensors", lambda self: None)
-        pipeline.compress(checkpoint, CONFIG, folder / "alone" / "one", ignore)
+    pipeline.compress(checkpoint, CONFIG, folder / "alone" / "one", ignore)
     return folder
 
 

@@ -75,7 +75,7 @@ def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(chec
     images = str(image_folder(tmp_path / "images"))
     config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, "search_weight_lr": 0.01, "search_steps": 2})
     whole = Watch()
-    pipeline.compress(checkpoint, config, tmp_path / "whole", whole)
+    pipeline.compress(checkpoint, config, tmp_path / "apart" / "whole", whole)
     assert list(dict.fromkeys(whole.parts)) == list(PARTS)
     for number, part in enumerate(PARTS):
         told = Watch(stop_at=part)
@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(chec
     last = Watch()
     pipeline.compress(checkpoint, config, tmp_path / "run", last)
     assert last.parts == ["load", "save"]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "apart" / "whole")
 
 
 def test_a_long_stage_goes_on_from_its_snapshot(checkpoint, finished, tmp_path):
@@ -111,7 +111,7 @@ def test_a_long_stage_goes_on_from_its_snapshot(checkpoint, finished, tmp_path):
 def test_a_killed_process_goes_on_where_it_was(checkpoint, finished, tmp_path, kills):
     """At moments that are truly random, since every moment has to do; the long form kills at any stage."""
     (tmp_path / "mine.txt").write_text("mine")
-    shutil.copytree(finished, tmp_path / "earlier")
+    shutil.copytree(finished, tmp_path / "apart" / "earlier")
     before = tree(tmp_path, but="run")
     delays = [random.Random().uniform(0, 2.0 if kills == 2 else 0.5) for _ in range(kills)]
     for number, delay in enumerate(delays):
@@ -158,8 +158,22 @@ def test_a_changed_setting_makes_again_what_depends_on_it_and_says_so(checkpoint
     pipeline.compress(checkpoint, changed, tmp_path / "run", told)
     assert told.parts == ["load", "measure cut", "recover", "measure pruned", "save"]
     assert "changed since the run was stopped: lr; what depends on it is made again" in told.notes
-    pipeline.compress(checkpoint, changed, tmp_path / "whole", ignore)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    pipeline.compress(checkpoint, changed, tmp_path / "apart" / "whole", ignore)
+    assert_same_run(tmp_path / "run", tmp_path / "apart" / "whole")
+
+
+def test_a_new_run_takes_over_what_another_one_beside_it_has_finished(checkpoint, tmp_path):
+    changed = SHORT.model_copy(update={"lr": 1e-3, "workers": 1})
+    pipeline.compress(checkpoint, SHORT, tmp_path / "first", ignore)
+    told = Watch()
+    pipeline.compress(checkpoint, changed, tmp_path / "second", told)
+    assert told.parts == ["load", "measure cut", "recover", "measure pruned", "save"]
+    taken = "measure dense, balance, order, score, search, refit (search), refit (scores)"
+    assert f"taken over from first (which differs in lr): {taken}; what follows is made anew" in told.notes
+    anew = Watch()
+    pipeline.compress(checkpoint, changed, tmp_path / "third", anew, fresh=True)
+    assert anew.parts[:3] == ["load", "measure dense", "balance"]
+    assert_same_run(tmp_path / "second", tmp_path / "third")
 
 
 def test_a_finished_run_is_shown_again_and_fresh_begins_another(checkpoint, tmp_path, monkeypatch):
@@ -209,15 +223,15 @@ def test_a_damaged_image_that_training_alone_meets_is_replaced_and_listed(checkp
         divide(open_images(config, Preprocessing(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), 5), config)
     damaged = next(path for path in sorted((images / "train").rglob("*.png")) if path not in met)
     damaged.write_bytes(damaged.read_bytes()[:-60])
-    whole = pipeline.compress(checkpoint, config, tmp_path / "whole", ignore)
+    whole = pipeline.compress(checkpoint, config, tmp_path / "apart" / "whole", ignore)
     told = f"recover: 1 of 32 images cannot be read and others took their place: data/{damaged.relative_to(images)}"
     assert told in whole.comparison.notes
-    decisions = json.loads((tmp_path / "whole" / "run.json").read_text())["decisions"]
+    decisions = json.loads((tmp_path / "apart" / "whole" / "run.json").read_text())["decisions"]
     assert decisions["replaced images (recover)"] == [str(damaged)]
     with pytest.raises(KeyboardInterrupt):
         pipeline.compress(checkpoint, config, tmp_path / "run", Watch(stop_at="measure pruned"))
     pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "apart" / "whole")
 
 
 def test_a_report_that_cannot_be_written_costs_nothing_that_is_finished(checkpoint, finished, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def test_words_stand_for_paths_however_they_are_written(tmp_path, monkeypatch):
 def test_the_command_that_repeats_a_run_has_what_differs_and_no_secrets():
     flags = {
         "target_flops": 0.5,
-        "refit": False,
+        "balance": False,
         "axes": ("heads",),
         "img_size": (64, 16),
         "data": "https://me:pw@x/a b",
@@ -29,7 +29,7 @@ def test_the_command_that_repeats_a_run_has_what_differs_and_no_secrets():
     told = repeating(Path("my vit.pth"), load_config(flags=flags | {"recipe": "no-train"}), Path("run"))
     assert told == (
         "kcrprune compress 'my vit.pth' --out run --target-flops 0.5 --recipe no-train --axes heads "
-        "--data 'https://***@x/a b' --img-size 64,16 --no-refit"
+        "--data 'https://***@x/a b' --img-size 64,16 --no-balance"
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,10 +78,15 @@ def test_a_result_that_could_not_be_written_is_not_there(store, monkeypatch):
     assert store.has(KEY)
 
 
-def test_what_is_large_is_dropped_and_then_the_result_is_gone_but_not_what_was_told(store):
-    store.keep(KEY, Codec(Example).pack(example()), Record(notes=["kept"]))
-    store.drop_tensors()
-    assert not store.has(KEY)
-    assert store.record(KEY).notes == ["kept"]
-    store.keep(KEY, Codec(Example).pack(example()), Record())
-    assert store.has(KEY)
+@pytest.mark.parametrize("links", [True, False])
+def test_what_another_store_has_is_taken_over(store, tmp_path_factory, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    codec, other = Codec(Example), Store(tmp_path_factory.mktemp("other"), {store.folder: "a (which differs in lr)"})
+    assert not other.has(KEY)
+    store.keep(KEY, codec.pack(example()), Record(notes=["kept"]))
+    assert other.has(KEY)
+    assert other.source(KEY) == "a (which differs in lr)"
+    assert (other.record(KEY), other.source(Key("x", "y"))) == (store.record(KEY), None)
+    shutil.rmtree(store.folder / str(KEY))
+    assert_same(other.result(KEY, codec), example())
