@@ -12,15 +12,16 @@ from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
 from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
+from kcrprune.families.hybrids import HYBRIDS, SLIM_HYBRIDS
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
 from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES | CONVOLUTIONS
+RULES: Final[dict[type, Rule]] = MLPS | ATTENTIONS | RELATIVES | HYBRIDS | CONVOLUTIONS
 BLOCKS: Final[dict[type, dict[str, Branch]]] = LINEAR_BLOCKS | CONVOLUTIONAL_BLOCKS
-SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES
+SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES | SLIM_HYBRIDS
 FAMILIES: Final = {  # the names that some families had before a family was a module of timm
     "vision_transformer": "vit",
     "deit": "vit",

@@ -37,6 +37,10 @@ class Slot:
         """The same slot with its owner's name inside a site."""
         return replace(self, owner=f"{site}.{self.owner}")
 
+    def places(self, heads: int, width: int) -> list[int]:
+        """Where all channels of all heads lie, head by head."""
+        return [self.start + head * self.stride + channel for head in range(heads) for channel in range(width)]
+
 
 @dataclass(frozen=True)
 class Group:

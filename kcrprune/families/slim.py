@@ -39,16 +39,21 @@ class SlimAttention(nn.Module):
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             slim.__dict__[shared] = copy.copy(dense.__dict__[shared])
         slim.__class__ = cls
-        slim.query_dim = slim.value_dim = slim.proj.in_features // slim.num_heads
+        slim.query_dim, slim.value_dim = slim.dense_widths()
         slim.query_gate = None
         for name in ("kept_heads", "channels"):
             slim.register_buffer(name, None, persistent=False)
         return slim
 
+    def dense_widths(self) -> tuple[int, int]:
+        """Channels of a head, of q and k and of v, before any cut."""
+        width = self.proj.in_features // self.num_heads
+        return width, width
+
     def narrow_(self, heads: Sequence[int], query: Sequence[Sequence[int]], value_dim: int) -> None:
         """Takes note of what was kept: the channels of q and k of each head, and how many of v."""
         self.num_heads, self.query_dim, self.value_dim = len(heads), len(query[0]), value_dim
-        device = self.proj.weight.device
+        device = next(self.parameters()).device
         self.kept_heads, self.channels = torch.tensor(heads, device=device), torch.tensor(query, device=device)
 
     def by_head(self, x: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ REASONS: Final = {
     "ChannelAttentionV2": CHANNELS,
     "FactorAttnConvRelPosEnc": "it multiplies k with v first, and a convolution whose kernel differs by head reads v",
     "CascadedGroupAttention": "each head reads what the one before has made",
+    "LiteMLA": "a convolution of several groups mixes the channels of each head",
+    "MultiQueryAttention2d": "its heads share k and v; no rule yet",
     "EfficientAdditiveAttention": "its queries are pooled by a vector that they share",
     "DiffAttention": "two halves of a head share a norm and are subtracted; no rule yet",
     "DiffParallelScalingBlock": "one linear makes the channels of two branches; no rule yet",

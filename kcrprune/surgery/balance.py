@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.families import Group, Key, Slot, owner_of
+from kcrprune.families.linears import matrix
 from kcrprune.families.observed import See, watching
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.method.sums import Sums
@@ -121,8 +122,10 @@ def _see_reader(group: Group, moments: HeadMoments) -> See:
 
 
 def _see_writer(group: Group, slot: Slot, total: Tensor, *, is_key: bool) -> See:
+    places = torch.tensor(slot.places(group.heads, group.width), device=total.device)
+
     def see(inputs: Tensor, output: Tensor) -> None:
-        x = output[..., slot.start : slot.start + group.heads * group.width]
+        x = output.index_select(-1, places)
         x = x.unflatten(-1, (group.heads, group.width))  # (windows, T, h, d)
         if group.basis == "orthogonal":
             x = nn.functional.normalize(x, dim=-1)
@@ -166,7 +169,7 @@ def _factor(moment: Tensor) -> Tensor:
 
 
 def _rotate_value_(model: nn.Module, group: Group, moment: Tensor) -> None:
-    reader = linear_at(model, group.readers[0].owner).weight
+    reader = matrix(linear_at(model, group.readers[0].owner))
     columns = reader.double().unflatten(1, (group.heads, group.width)).transpose(0, 1)  # (h, D, d)
     scaled = columns if group.scale is None else columns * scale_of(model, group.scale).double()[None, :, None]
     rotation, inverse = balancing(moment, scaled.transpose(1, 2) @ scaled)
@@ -189,6 +192,6 @@ def _rotate_rows_(model: nn.Module, group: Group, slot: Slot, rotation: Tensor) 
     tensors = [owner] if isinstance(owner, Tensor) else [owner.weight, owner.bias]
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            part = tensor[slot.start : slot.start + group.heads * group.width]  # a view
-            rows = part.view(group.heads, group.width, -1)  # (h, d, D or 1)
-            rows.copy_(rotation @ rows.double())
+            places = torch.tensor(slot.places(group.heads, group.width), device=tensor.device)
+            rows = tensor[places].view(group.heads, group.width, -1).double()  # (h, d, D or 1)
+            tensor[places] = (rotation @ rows).to(tensor).view(len(places), *tensor.shape[1:])

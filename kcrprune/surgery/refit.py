@@ -11,21 +11,21 @@ The closed form is that of optimal brain surgeon and its descendants (ZipLM, Sli
 Letters: n tokens of all images, I inputs, O outputs; Z (n, I) inputs, Y (n, O) targets, W (O, I) weight, b (O,) bias.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from kcrprune.families import Group, classifiers, owner_of
+from kcrprune.families import Group, classifiers
 from kcrprune.families.linears import channels_last, is_linear
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.balance import scale_of
+from kcrprune.surgery.fits import Fit, fits_of, rows_of
 from kcrprune.surgery.kept import Keep, on
-from kcrprune.surgery.narrow import IndexMap, index_map
+from kcrprune.surgery.narrow import index_map
 from kcrprune.surgery.normal_equations import Fitted, NormalEquations
 from kcrprune.surgery.partial import (
     Block,
@@ -83,7 +83,7 @@ def refit_(
     blocks = list(dict.fromkeys(group.block for group in groups))
     steps = walk(dense, blocks, batches[0][:1].to(device, non_blocking=True))
     kept = index_map(dense, groups, plan)
-    rows = _rows(kept, device)
+    rows = rows_of(kept, device)
     keep = keep or on(device)
     whole = _Pair(dense, pruned, ridge, device, keep)
     dense_streams, cut_streams = [], []
@@ -99,67 +99,15 @@ def refit_(
         pair = replace(pair, dense=Block(pair.dense, step), cut=Block(pair.cut, step))
         here = [group for group in groups if group.block in step.holds]
         if step.alone:
-            whole.refit_alone_(_fits(dense, "", here, rows) if cut and done > begin else (), batches)
+            whole.refit_alone_(fits_of(dense, "", here, rows) if cut and done > begin else (), batches)
         elif cut and done > begin:
-            _refit_block_(pair, _fits(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
+            _refit_block_(pair, fits_of(dense, step.block, here, rows), dense_streams, cut_streams, fit_block)
         else:
             pair.advance_(dense_streams, cut_streams)
         on_block(done)
     if cut:
         whole.refit_classifiers_(steps, batches, dense_streams, cut_streams)
     return pruned
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """One linear of a block: what of its dense outputs it keeps, and which stream it brings back; names in a Block."""
-
-    name: str
-    rows: Tensor | None = None
-    norm: str | None = None  # a batch norm right behind it
-    site: str = ""
-    before: str | None = None  # the norm that the branch reads the stream through; None: fit to its own dense output
-    behind: str | None = None  # the next norm, whose input is the stream with the branch; None: the block's output
-    scale: str | None = None
-
-
-def _fits(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping[str, Tensor]) -> Iterator[_Fit]:
-    """The linears of one block in the order of the forward pass: of each branch its writers, then its readers.
-
-    Their names are those in a Block; without a block, those in the network.
-    """
-
-    def inside(name: Any) -> Any:
-        return f"inside{name.removeprefix(block)}" if name and block else name
-
-    for site in dict.fromkeys(group.site for group in groups):
-        here = [group for group in groups if group.site == site and not group.wide]
-        readers = {group.readers[0].owner: group for group in here if group.readers and group.block == block}
-        norms = _batch_norms(dense, here)
-        for owner in _linears(dense, here):
-            fit = _Fit(inside(owner), rows.get(f"{owner}.weight"), inside(norms.get(owner)))
-            if group := readers.get(owner):
-                fit = replace(
-                    fit,
-                    site=inside(site),
-                    before=inside(group.stream),
-                    behind=inside(group.behind),
-                    scale=inside(group.scale),
-                )
-            yield fit
-
-
-def _linears(dense: nn.Module, groups: Sequence[Group]) -> list[str]:
-    """Those that write or read the channels of some groups, in the order in which the network lists them."""
-    owners = {slot.owner for group in groups for slot in (*group.writers, *group.readers)}
-    return [name for name, module in dense.named_modules() if name in owners and is_linear(module)]
-
-
-def _batch_norms(dense: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
-    """The batch norm right behind each linear that has one."""
-    found = {group.readers[0].owner: group.affine for group in groups if group.readers and group.affine}
-    behind = [pair for group in groups for pair in pairwise(slot.owner for slot in group.writers)]
-    return found | {owner: norm for owner, norm in behind if isinstance(owner_of(dense, norm), BatchNorm)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +135,7 @@ class _Pair:
         for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
             streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
 
-    def refit_alone_(self, fits: Iterable["_Fit"], batches: Sequence[Tensor]) -> None:
+    def refit_alone_(self, fits: Iterable[Fit], batches: Sequence[Tensor]) -> None:
         """Fits linears to their own dense outputs, from the images."""
         for fit in fits:
             self.refit_reader_(fit, self.from_images(fit, batches))
@@ -202,17 +150,17 @@ class _Pair:
             if led:
                 pairs = self.behind([step.block for step in steps], name, batches, dense_streams, cut_streams)
             else:
-                pairs = self.from_images(_Fit(name), batches)
-            self.refit_reader_(_Fit(name), pairs, strength=CLASSIFIER_RIDGE)
+                pairs = self.from_images(Fit(name), batches)
+            self.refit_reader_(Fit(name), pairs, strength=CLASSIFIER_RIDGE)
 
-    def from_images(self, fit: "_Fit", batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def from_images(self, fit: Fit, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """What a fit takes of both, batch by batch, each in a pass of its own."""
         reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
         for images in _moved(batches, self.device):
             x, z = read_by(self.dense, fit.name, images), read_by(self.cut, fit.name, images)
             yield x if reads_all else own(x), z
 
-    def fitted(self, fit: "_Fit") -> tuple[Fitted, Fitted]:
+    def fitted(self, fit: Fit) -> tuple[Fitted, Fitted]:
         """The linear of a fit in the dense module and in the cut one."""
         parts = [(linear_at(of, fit.name), fit.norm and of.get_submodule(fit.norm)) for of in (self.dense, self.cut)]
         return tuple(Fitted(linear, cast("BatchNorm | None", norm)) for linear, norm in parts)  # type: ignore[return-value]
@@ -228,7 +176,7 @@ class _Pair:
         for name in [name for name, module in self.cut.named_modules() if cut and is_linear(module)]:
             moved = (_moved(pair, self.device) for pair in zip(dense_streams, cut_streams, strict=True))
             self.refit_reader_(
-                _Fit(name), ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved)
+                Fit(name), ((read_by(self.dense, name, x), read_by(self.cut, name, z)) for x, z in moved)
             )
         self.advance_(dense_streams, cut_streams)
 
@@ -243,7 +191,7 @@ class _Pair:
 
     def refit_reader_(
         self,
-        fit: "_Fit",
+        fit: Fit,
         pairs: Iterable[tuple[Tensor, Tensor]],
         *,
         strength: float = 1.0,
@@ -266,7 +214,7 @@ class _Pair:
         """Whether the cut took no inputs from a linear."""
         return linear_at(self.cut, name).weight.shape[1] == linear_at(self.dense, name).weight.shape[1]
 
-    def targets_(self, fits: Sequence[_Fit], dense_streams: Streams) -> dict[str, Streams]:
+    def targets_(self, fits: Sequence[Fit], dense_streams: Streams) -> dict[str, Streams]:
         """What the fits of a block need of the dense one, by fit, from the pass that moves its streams behind it.
 
         For a linear that reads the stream, its inputs, or its outputs where the cut took inputs from it; for one that
@@ -291,7 +239,7 @@ class _Pair:
                     of_all.append(self.keep(self.fitted(by_name[name])[0](tensor)))
         return found
 
-    def refit_to_stream_(self, fit: _Fit, targets: Streams, cut_in: Replayed) -> None:
+    def refit_to_stream_(self, fit: Fit, targets: Streams, cut_in: Replayed) -> None:
         """Fits a linear that writes to the stream to what brings the stream behind it to the dense one, `targets`."""
         assert fit.before is not None
         _, fitted = self.fitted(fit)
@@ -310,7 +258,7 @@ class _Pair:
             sums.add_(z, wanted - fitted(z))
         fitted.correct_(sums, self.ridge)
 
-    def _reordered(self, fit: _Fit, stream: Tensor) -> RealTokens | None:
+    def _reordered(self, fit: Fit, stream: Tensor) -> RealTokens | None:
         """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
         assert fit.before is not None
 
@@ -324,7 +272,7 @@ class _Pair:
             return None
         return real_tokens(self.cut, fit.before, fit.site, stream)
 
-    def _affine(self, fit: "_Fit", fitted: Fitted) -> tuple[Tensor, Tensor]:
+    def _affine(self, fit: Fit, fitted: Fitted) -> tuple[Tensor, Tensor]:
         """Factor and shift, of a batch norm and LayerScale, that a linear's outputs reach the stream through.
 
         Factors are kept off zero: a channel that is scaled by nothing needs no target.
@@ -339,7 +287,7 @@ class _Pair:
 
 def _refit_block_(
     pair: _Pair,
-    fits: Iterable[_Fit],
+    fits: Iterable[Fit],
     dense_streams: Streams,
     cut_streams: Streams,
     fit_block: FitBlock | None,
@@ -364,13 +312,6 @@ def _refit_block_(
         fit_block(pair.cut, cut_streams, dense_streams)
     cut_in.advance_()
     cut_in.return_()
-
-
-def _rows(kept: IndexMap, device: torch.device) -> dict[str, Tensor]:
-    """Which rows are kept of the tensors that lose some; all of them are moved at once."""
-    rows = {name: dims[0] for name, dims in kept.items() if 0 in dims}
-    every = torch.tensor([row for of_one in rows.values() for row in of_one], dtype=torch.long, device=device)
-    return dict(zip(rows, every.split([len(of_one) for of_one in rows.values()]), strict=True))
 
 
 def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:

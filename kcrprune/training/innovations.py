@@ -140,7 +140,7 @@ def _gather_(
 @torch.no_grad()
 def _real(model: nn.Module, group: Group, image: Tensor) -> RealTokens | None:
     """Which of the tokens of one image that reach a reader are no window padding; None: all."""
-    if group.axis not in PER_HEAD or group.stream is None:
+    if group.axis not in PER_HEAD or group.stream in (None, group.site):  # nothing pads what is read as it is
         return None
     real = real_tokens(model, group.stream, group.site, image)
     return None if real.all else real

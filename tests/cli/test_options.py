@@ -17,7 +17,7 @@ def test_every_setting_is_a_flag_with_its_meaning_and_default():
         assert flag(name) in options
         assert helps[name].startswith(field.description)
     assert "[default: 0.7]" in helps["target_flops"]
-    assert "[default: mlp_hidden,attn_query,attn_value]" in helps["axes"]
+    assert "[default: mlp_hidden,conv_hidden,attn_query,attn_value]" in helps["axes"]
     assert "[default: on]" in helps["balance"]
     assert "default" not in helps["arch"]
 
