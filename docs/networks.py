@@ -45,8 +45,8 @@ each name.
 
 Looked at are {all} networks that timm registers, of which {cut} can be cut. {transformers} are transformers, which
 here says that a module of theirs is an attention (by the name of its class, `kcrprune/families/whole.py`);
-{transformers_cut} of these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's opens
-where its kind is a ViT or a Swin.
+{transformers_cut} of these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's
+opens where its kind is a ViT or a Swin.
 
 The floor is the smallest share of the MACs that all axes together reach, at the registered image size.
 """
