@@ -43,10 +43,10 @@ INTRODUCTION = """# Networks
 Written by `python docs/networks.py` with timm {version}; do not edit. `kcrprune inspect --list` prints the same for
 each name.
 
-{cut} of the {all} networks that timm registers can be cut. {transformers} of them are transformers, which here says
-that a module of theirs is an attention (by the name of its class, `kcrprune/families/whole.py`); {transformers_cut} of
-these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's opens where its kind is a
-ViT or a Swin.
+Looked at are {all} networks that timm registers, of which {cut} can be cut. {transformers} are transformers, which
+here says that a module of theirs is an attention (by the name of its class, `kcrprune/families/whole.py`);
+{transformers_cut} of these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's
+opens where its kind is a ViT or a Swin.
 
 The floor is the smallest share of the MACs that all axes together reach, at the registered image size.
 """
