@@ -6,7 +6,6 @@ order; equal networks and records give equal bytes. A hash over the weights is c
 
 from collections.abc import Callable, Mapping
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from kcrprune.atomic import taken, write_atomically
 from kcrprune.checkpoints.clues import ASKED, as_size
 from kcrprune.checkpoints.dense import Opened, open_dense
-from kcrprune.checkpoints.loading import build_quietly, check_finite, check_outline, fit
+from kcrprune.checkpoints.loading import build_quietly, built_for_size, check_finite, check_outline, fit
 from kcrprune.checkpoints.preprocessing import Flags, overridden
 from kcrprune.checkpoints.shapes import Shapes, classes_of
 from kcrprune.containers.contents import digest, read_all
@@ -200,7 +199,7 @@ def _sized(contract: Contract, size: int | tuple[int, int] | None, outline: Any)
     channels, height, width = contract.preprocessing.input_size
     if size is None or sides(size) == (height, width):
         return contract, ()
-    built_for = "img_size" in signature(type(outline)).parameters
+    built_for = built_for_size(outline)
     patches = getattr(outline, "patch_embed", None)
     if built_for and patches is None:
         raise ConfigError(f"--img-size {size_text(size)}: a {type(outline).__name__} keeps the size that it was cut at")

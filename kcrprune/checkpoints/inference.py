@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from kcrprune.checkpoints import signatures
 from kcrprune.checkpoints.clues import ASKED, Evidence, as_size
-from kcrprune.checkpoints.loading import build_outline
+from kcrprune.checkpoints.loading import build_outline, built_for_size
 from kcrprune.checkpoints.registry import Kind, Known, bare_name, known, table
 from kcrprune.checkpoints.shapes import Shapes, classes_of, measure
 from kcrprune.checkpoints.sizes import stated_size
@@ -155,7 +154,7 @@ def _registered(names: Sequence[str], shapes: Shapes, evidence: Evidence, path: 
 @cache
 def takes_size(name: str) -> bool:
     """Whether timm builds a registered network for images of a size; others take any."""
-    return "img_size" in signature(type(build_outline(Architecture(family="", name=name), Path()))).parameters
+    return built_for_size(build_outline(Architecture(family="", name=name), Path()))
 
 
 def _first(value: Any) -> int:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -123,6 +124,11 @@ def _check_statement(architecture: Architecture, path: Path) -> None:
     depths = stated if isinstance(stated, list) else [stated]
     if len(depths) > DEEPEST or not all(type(depth) is int and 0 < depth <= DEEPEST for depth in depths):
         raise CheckpointError(f"{path} states a depth that cannot be: {str(stated)[:80]}")
+
+
+def built_for_size(model: nn.Module) -> bool:
+    """Whether timm builds a network for images of a size, in its class or in one that it is of."""
+    return any("img_size" in signature(cls.__init__).parameters for cls in type(model).__mro__)
 
 
 def build_outline(architecture: Architecture, path: Path) -> nn.Module:
