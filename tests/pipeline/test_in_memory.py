@@ -125,7 +125,7 @@ def test_every_stage_runs_on_batches_of_two_sizes_with_a_loss_and_frozen_weights
     model = foreign("own")
     model.head.requires_grad_(False)
     mixed = [{"pixel_values": torch.randn(3, 3, side, 24), "labels": torch.arange(3)} for side in (16, 24, 16, 24, 16)]
-    found = kcrprune.compress(
+    found: Any = kcrprune.compress(
         *(model,),
         images=mixed,
         inputs=lambda batch: batch["pixel_values"],
