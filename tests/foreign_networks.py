@@ -12,8 +12,14 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import kcrprune
 
-SHAPE: Final = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16, "patch_size": 8}
-PLAIN: Final = SHAPE | {"intermediate_size": 32}
+SHAPE: Final[dict[str, Any]] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 8,
+}
+PLAIN: Final[dict[str, Any]] = SHAPE | {"intermediate_size": 32}
 
 
 class OwnMlp(nn.Module):
@@ -67,12 +73,19 @@ OWN_RULES: Final = {
 
 
 def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    shape: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     return lambda: timm.create_model(name, **(shape | arguments))
 
 
 FOREIGN: Final[dict[str, Callable[[], nn.Module]]] = {
-    "hf vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**PLAIN, num_labels=5)),
+    "hf vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**(PLAIN | {"num_labels": 5}))),
     "hf deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**PLAIN)),
     "hf dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, mlp_ratio=2)),
     "hf dinov2 giant": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, use_swiglu_ffn=True)),
@@ -99,7 +112,7 @@ FOREIGN: Final[dict[str, Callable[[], nn.Module]]] = {
 }
 
 
-def foreign(name: str) -> nn.Module:
+def foreign(name: str) -> Any:
     """A fresh copy, the same each time, in eval mode."""
     torch.manual_seed(0)
     model = FOREIGN[name]().eval()

@@ -37,11 +37,12 @@ def test_masking_is_cutting_and_both_cost_what_is_predicted(network: Given):
         masked, cut = copy.deepcopy(network).double(), cut_(copy.deepcopy(network).double(), plan)
         harden_(add_gates_(masked, network.groups, [group for group in network.groups if not group.whole]), plan)
         feed = Feed(FEED.batch.double(), 4)
-        dense, expected, answer = (each.outputs(feed) for each in (copy.deepcopy(network).double(), masked, cut))
+        networks: Any = (copy.deepcopy(network).double(), masked, cut)
+        dense, expected, answer = (each.outputs(feed) for each in networks)
     for name, value in expected.items():
         assert float((answer[name] - value).norm() / value.norm()) < 1e-10
     assert any(not torch.allclose(dense[name], value) for name, value in expected.items())
-    small = cut_(copy.deepcopy(network), plan)
+    small: Any = cut_(copy.deepcopy(network), plan)
     assert part_macs(small, FEED) == cost.predicted(plan) < cost.dense
     new = small.inside.state_dict().keys() ^ network.inside.state_dict().keys()
     assert all(name.endswith(".index") for name in new)  # of mlp_io, where channels of the stream are gathered

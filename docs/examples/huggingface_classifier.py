@@ -1,4 +1,4 @@
-"""A Hugging Face classifier of where a shape lies, in and out: trained, cut, stored, built again, its own forward."""
+"""A Hugging Face classifier that tells where a shape lies: trained, cut, stored, built again, with its own forward."""
 
 import argparse
 import json

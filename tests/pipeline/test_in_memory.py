@@ -1,6 +1,7 @@
 """Runs on networks in memory."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_every_stage_runs_on_batches_of_two_sizes_with_a_loss_and_frozen_weights
     model = foreign("own")
     model.head.requires_grad_(False)
     mixed = [{"pixel_values": torch.randn(3, 3, side, 24), "labels": torch.arange(3)} for side in (16, 24, 16, 24, 16)]
-    found = kcrprune.compress(
+    found: Any = kcrprune.compress(
         *(model,),
         images=mixed,
         inputs=lambda batch: batch["pixel_values"],
@@ -142,6 +143,15 @@ def test_every_stage_runs_on_batches_of_two_sizes_with_a_loss_and_frozen_weights
     assert not found.model.head.weight.requires_grad
     assert found.model.body.last.up.weight.requires_grad
     assert found.folder is None
+
+
+def test_a_refit_helps_where_more_than_modules_in_a_row_lies_between_blocks(tmp_path: Path):
+    asked = SHORT | {"calibration_images": 16, "recover_steps": 0}
+    kcrprune.compress(
+        foreign("hf swin"), images=loader(), inputs="pixel_values", outputs="logits", out=tmp_path / "run", **asked
+    )
+    plans = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["decisions"]["plans"]
+    assert plans["held_out_distillation"]["scores"] < 0.9 * plans["before_refit"]["scores"]
 
 
 def test_a_loss_of_training_alone_leaves_the_decision_to_the_distance():
