@@ -87,9 +87,7 @@ def search_(
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
-    weights = list(model.parameters())
-    for weight in weights:
-        weight.requires_grad_(config.search_weight_lr > 0)
+    weights = list(model.requires_grad_(config.search_weight_lr > 0).parameters())
 
     training = partial(
         Training,
@@ -101,15 +99,13 @@ def search_(
         listener=listener,
     )
     sampled = _Sampled(model, gates, objective, config, pace)
-    adamw = torch.optim.AdamW(
-        list(model.named_parameters()), lr=config.search_weight_lr, weight_decay=config.weight_decay
-    )
+    adamw = torch.optim.AdamW([*model.named_parameters()], lr=config.search_weight_lr, weight_decay=config.weight_decay)
     adam = torch.optim.Adam([("gates", gates.logits)], lr=config.search_lr)
     of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
     of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     learned, parts = [gates.logits, *weights], {"weights": of_weights, "gates": of_gates, "watch": watch}
-    _restore_(learned, parts, snapshots.newest())  # the gates behind the weights: they set the pace
+    _restore_(learned, parts, snapshots.newest())  # gates last: they set the pace
     drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
     while not pace.ended:
         sampled.step = of_gates.done
@@ -124,8 +120,7 @@ def search_(
         of_gates.tell_(loss.parts | figures | watch.see_(loss.features))
         if of_gates.all_told:
             snapshots.offer(partial(_state, learned, parts))
-    for weight in weights:
-        weight.requires_grad_(True)
+    model.requires_grad_(True)
     return Searched(learned_scores(gates, cost, scale), of_gates.history)
 
 
