@@ -28,6 +28,7 @@ def scripts(monkeypatch):
         "common",
         "fetch",
         "gated_step",
+        "gpu",
         "images",
         "kernel",
         "kernel_tables",
@@ -329,9 +330,10 @@ def test_the_solver_is_measured_by_macs_that_the_package_counts_alike():
 def test_a_gate_step_is_timed_beside_a_dense_one():
     from gated_step import row  # type: ignore[import-not-found]
 
-    name, *times, frozen, gated = row("deit", repeats=1)
-    assert (name, len(times)) == ("deit", 3)
+    name, *times, frozen, gated, recovery = row("deit", repeats=1)
+    assert (name, len(times)) == ("deit", 4)
     assert 0 < float(frozen.split()[0]) < 2 * float(gated.split()[0])
+    assert float(recovery.split()[0]) < 2
 
 
 def test_the_course_of_a_cut_is_timed_in_passes():
@@ -517,3 +519,28 @@ def test_less_of_a_refit_is_farther_from_the_dense_network(noise, tmp_path):
     assert found[2] == told["scores"], "all of it is what the tool does"
     rows = refit_parts.to_table({"x": {parts[0].name: 0.5}, "y": {parts[2].name: 0.25}}).rows
     assert [row[1:] for row in rows] == [("0.5000", "-"), ("-", "0.2500")]
+
+
+A_PART = """
+import json, pathlib, sys, time
+out, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+(out / f"{name}.json").write_text(json.dumps({"figure": name}))
+if name == "slow":
+    time.sleep(60)
+sys.exit("no memory" if name == "bad" else 0)
+"""
+
+
+def test_a_part_on_a_gpu_that_fails_or_is_slow_costs_only_itself(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "LIMITS", {"slow": 1, "bad": 30, "good": 30})
+    found = gpu.measure(("slow", "bad", "good"), tmp_path, [sys.executable, "-c", A_PART, str(tmp_path)])
+    assert {name: part["figure"] for name, part in found.items()} == {name: name for name in found}, "what it had"
+    assert {name: part.get("error") for name, part in found.items()} == {
+        "slow": "not done in 1 s",
+        "bad": "exit 1",
+        "good": None,
+    }
+    assert found["bad"]["log"] == "no memory\n"
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found

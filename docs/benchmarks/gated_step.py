@@ -1,11 +1,12 @@
-"""What the gates of a search cost: a step of a gated network beside one of the dense network, on the same images.
+"""What a step of search or recovery costs beside a plain one of the same network, on the same images.
 
     OMP_NUM_THREADS=1 python docs/benchmarks/gated_step.py [--networks vit_tiny swin_tiny] [--repeats 10]
 
 Dense: forward and backward pass, all weights trained. Frozen: the same, but no weight wants a gradient, only the stream
 behind the patch embedding. Gated: draw of the gates, forward and backward pass with innovations on the default axes and
-frozen weights, and the shift to the budget; a gate step of the search without its optimiser and teacher. Weights,
-logits and innovations are random, since they cost what learned ones cost. All three take turns in one process; of each
+frozen weights, and the shift to the budget; a gate step of the search without its optimiser and teacher. Recovery:
+forward and backward pass with the kernel term, and the watch of its basis, without optimiser and teacher. Weights,
+logits and innovations are random, since they cost what learned ones cost. All take turns in one process; of each
 round the ratio to the dense step is taken. Times are CPU times of the process, and mean something with one thread.
 """
 
@@ -32,7 +33,9 @@ from kcrprune.plan import Architecture
 from kcrprune.run.network import allowed_of
 from kcrprune.surgery.gated import add_gates_
 from kcrprune.surgery.swap import linear_at
+from kcrprune.training.features import KernelWatch, feature_covariance
 from kcrprune.training.innovations import refitted_readers
+from kcrprune.training.losses import make_objective
 
 BATCH = 32
 NETWORKS: Final[Mapping[str, tuple[str, dict[str, Any]]]] = {  # timm name, and what differs from its defaults
@@ -58,6 +61,7 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
         "dense": lambda: passes_(dense, images),
         "frozen": lambda: passes_(frozen, images),
         "gated": gate_step(copy.deepcopy(dense).requires_grad_(False), allowed, images, config),
+        "recovery": recovery_step(copy.deepcopy(dense), images, config),
     }
 
 
@@ -86,6 +90,23 @@ def gate_step(model: nn.Module, allowed: Allowed, images: Tensor, config: RunCon
     return step
 
 
+def recovery_step(model: nn.Module, images: Tensor, config: RunConfig) -> Callable[[], None]:
+    """The step of training/recover.py, without teacher and optimiser."""
+    labels = torch.zeros(len(images), dtype=torch.long)
+    by_labels = config.model_copy(update={"task": "labels"})
+    objective = make_objective(by_labels, model, labelled=True, outputs="classes")
+    start = feature_covariance(model, [images])
+    watch = KernelWatch(objective, start, config.kernel_rank, config.kernel_every)
+
+    def step() -> None:
+        model.zero_grad()
+        loss = objective(model, images, labels)
+        loss.total.backward()
+        watch.see_(loss.features)
+
+    return step
+
+
 def random_innovations(linear: nn.Linear) -> Innovations:
     """Those of random inputs in a random order."""
     size = linear.in_features
@@ -98,7 +119,7 @@ def row(name: str, repeats: int) -> tuple[str, ...]:
     steps = steps_of(name)
     rounds = [{kind: cpu_seconds(step) for kind, step in steps.items()} for _ in range(repeats + 1)][1:]
     medians = [quartiles([one[kind] for one in rounds])[1] for kind in steps]
-    ratios = [quartiles([one[kind] / one["dense"] for one in rounds]) for kind in ("frozen", "gated")]
+    ratios = [quartiles([one[kind] / one["dense"] for one in rounds]) for kind in ("frozen", "gated", "recovery")]
     told = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in ratios]
     return name, *(f"{1e3 * seconds:.0f} ms" for seconds in medians), *told
 
@@ -110,10 +131,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     rows = tuple(row(name, arguments.repeats) for name in arguments.networks)
-    header = ("network", "dense", "frozen", "gated", "frozen to dense", "gated to dense")
+    header = (
+        "network",
+        "dense",
+        "frozen",
+        "gated",
+        "recovery",
+        "frozen to dense",
+        "gated to dense",
+        "recovery to dense",
+    )
     facts = machine_facts() | {"images in a batch": BATCH, "rounds": arguments.repeats}
     told = [f"- {fact}: {value}" for fact, value in facts.items()]
-    sys.stdout.write("\n".join([markdown(Table("A gate step beside a dense step", header, rows)), "", *told, ""]))
+    sys.stdout.write(
+        "\n".join([markdown(Table("Steps of search and recovery beside a dense step", header, rows)), "", *told, ""])
+    )
 
 
 if __name__ == "__main__":
