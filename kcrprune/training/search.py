@@ -105,7 +105,7 @@ def search_(
     of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     learned, parts = [gates.logits, *weights], {"weights": of_weights, "gates": of_gates, "watch": watch}
-    _restore_(learned, parts, snapshots.newest())  # the gates behind the weights: they set the pace
+    _restore_(learned, parts, snapshots.newest())  # gates last: they set the pace
     drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
     while not pace.ended:
         sampled.step = of_gates.done
@@ -120,8 +120,7 @@ def search_(
         of_gates.tell_(loss.parts | figures | watch.see_(loss.features))
         if of_gates.all_told:
             snapshots.offer(partial(_state, learned, parts))
-    for weight in weights:
-        weight.requires_grad_(True)
+    model.requires_grad_(True)
     return Searched(learned_scores(gates, cost, scale), of_gates.history)
 
 

@@ -95,3 +95,15 @@ def test_memory_that_runs_out_is_one_sentence_with_the_way_out(pipeline, capsys,
 def test_questions_are_answered_with_success(capsys, words):
     assert run(words) == 0
     assert "kcrprune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "fails"), [("0", False), ("0", True), ("1", False), ("1", True)])
+def test_of_several_processes_one_prints(pipeline, capsys, monkeypatch, rank, fails):
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    pipeline.fails_with = errors.ConfigError("no") if fails else None
+    assert run(["compress", "vit.pth"]) == (2 if fails else 0)
+    told = capsys.readouterr()
+    assert told.out == "" if fails or rank == "1" else "The run is in run" in told.out
+    assert told.err == ("error: no\n" if fails and rank == "0" else "")

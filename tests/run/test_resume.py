@@ -265,7 +265,7 @@ def test_images_whose_names_are_not_utf_8_are_images(checkpoint, tmp_path):
     images = image_folder(tmp_path / os.fsdecode(b"\xff\xfe"), each=4)
     config = SHORT.model_copy(update={"data": str(images), "search_steps": 0, "recover_steps": 1})
     result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
-    assert r"\udcff\udcfe" in json.loads((result.folder / "run.json").read_text("utf-8"))["command"]
+    assert os.fsdecode(b"\xff\xfe") in json.loads((result.folder / "run.json").read_text("utf-8"))["command"]
     assert open_model(result.folder).plan is not None
     assert pipeline.compress(checkpoint, config, tmp_path / "run", ignore) == result
 
