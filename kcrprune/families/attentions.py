@@ -142,12 +142,8 @@ def attention_rule(
         heads = attention.num_heads
         width = attention.proj.in_features // heads
 
-        def slot(word: str) -> Slot:
-            name, _, part = word.partition(":")
-            return Slot(f"{site}.{name}", 0, int(part or 0) * heads * width, width)
-
         def slots(words: str) -> tuple[Slot, ...]:
-            return tuple(slot(word) for word in words.split() if not _absent(attention, word.partition(":")[0]))
+            return _slots(site, attention, words, heads, width)
 
         open_ = only(attention)
         plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")
@@ -186,6 +182,16 @@ def attention_rule(
         )
 
     return groups
+
+
+def _slots(site: str, attention: nn.Module, words: str, heads: int, width: int) -> tuple[Slot, ...]:
+    """The slots of the owners that an attention has, each named with the part of it, as `qkv:1`."""
+    parts = [word.partition(":") for word in words.split()]
+    return tuple(
+        Slot(f"{site}.{name}", 0, int(part or 0) * heads * width, width)
+        for name, _, part in parts
+        if not _absent(attention, name)
+    )
 
 
 def _absent(module: nn.Module, name: str) -> bool:
