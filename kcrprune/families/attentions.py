@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -142,12 +143,9 @@ def attention_rule(
         heads = attention.num_heads
         width = attention.proj.in_features // heads
 
-        def slots(words: str) -> tuple[Slot, ...]:
-            return _slots(site, attention, words, heads, width)
-
+        slots = partial(_slots, site, attention, heads, width)
         open_ = only(attention)
-        plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")
-        turns = plain and "attn_query" in open_
+        turns = _absent(attention, "q_norm") and _absent(attention, "k_norm") and "attn_query" in open_
         bare = _absent(attention, norm) and _absent(attention, "gate")  # proj reads what attention makes
         return (
             Group(
@@ -184,7 +182,7 @@ def attention_rule(
     return groups
 
 
-def _slots(site: str, attention: nn.Module, words: str, heads: int, width: int) -> tuple[Slot, ...]:
+def _slots(site: str, attention: nn.Module, heads: int, width: int, words: str) -> tuple[Slot, ...]:
     """The slots of the owners that an attention has, each named with the part of it, as `qkv:1`."""
     parts = [word.partition(":") for word in words.split()]
     return tuple(
