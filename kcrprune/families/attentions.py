@@ -140,8 +140,7 @@ def attention_rule(
         attention: Any = module
         if not isinstance(attention.proj, nn.Linear) or getattr(attention, "num_kv_groups", 1) > 1:
             return ()
-        heads = attention.num_heads
-        width = attention.proj.in_features // heads
+        heads, width = attention.num_heads, attention.proj.in_features // attention.num_heads
 
         slots = partial(_slots, site, attention, heads, width)
         open_ = only(attention)
