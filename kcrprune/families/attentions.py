@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -140,17 +141,11 @@ def attention_rule(
         attention: Any = module
         if not isinstance(attention.proj, nn.Linear) or getattr(attention, "num_kv_groups", 1) > 1:
             return ()
-        heads = attention.num_heads
-        width = attention.proj.in_features // heads
+        heads, width = attention.num_heads, attention.proj.in_features // attention.num_heads
 
-        def slots(words: str) -> tuple[Slot, ...]:
-            parted = (word.partition(":") for word in words.split())
-            there = ((name, int(part or 0)) for name, _, part in parted if not _absent(attention, name))
-            return tuple(Slot(f"{site}.{name}", 0, part * heads * width, width) for name, part in there)
-
+        slots = partial(_slots, site, attention, heads, width)
         open_ = only(attention)
-        plain = _absent(attention, "q_norm") and _absent(attention, "k_norm")
-        turns = plain and "attn_query" in open_
+        turns = _absent(attention, "q_norm") and _absent(attention, "k_norm") and "attn_query" in open_
         bare = _absent(attention, norm) and _absent(attention, "gate")  # proj reads what attention makes
         query = Group(site, "attn_query", heads, width, slots(q) + slots(k), tie=tie(attention), whole=not turns)
         return (
@@ -177,6 +172,16 @@ def attention_rule(
         )
 
     return groups
+
+
+def _slots(site: str, attention: nn.Module, heads: int, width: int, words: str) -> tuple[Slot, ...]:
+    """The slots of the owners that an attention has, each named with the part of it, as `qkv:1`."""
+    parts = [word.partition(":") for word in words.split()]
+    return tuple(
+        Slot(f"{site}.{name}", 0, int(part or 0) * heads * width, width)
+        for name, _, part in parts
+        if not _absent(attention, name)
+    )
 
 
 def _absent(module: nn.Module, name: str) -> bool:
