@@ -84,8 +84,9 @@ def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **(shape | arguments))
 
 
+LABELS: Final[dict[str, Any]] = {"num_labels": 5}
 FOREIGN: Final[dict[str, Callable[[], nn.Module]]] = {
-    "hf vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**(PLAIN | {"num_labels": 5}))),
+    "hf vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**(PLAIN | LABELS))),
     "hf deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**PLAIN)),
     "hf dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, mlp_ratio=2)),
     "hf dinov2 giant": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, use_swiglu_ffn=True)),
@@ -101,7 +102,7 @@ FOREIGN: Final[dict[str, Callable[[], nn.Module]]] = {
     "hf siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**PLAIN)),
     "hf swin": lambda: transformers.SwinForImageClassification(
         transformers.SwinConfig(
-            image_size=16, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=5
+            image_size=16, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=4, **LABELS
         )
     ),
     "torchvision vit": lambda: VisionTransformer(16, 8, 2, 3, 24, 32, num_classes=5),

@@ -532,7 +532,7 @@ sys.exit("no memory" if name == "bad" else 0)
 
 
 def test_a_part_on_a_gpu_that_fails_or_is_slow_costs_only_itself(tmp_path, monkeypatch):
-    import gpu
+    import gpu  # type: ignore[import-not-found]
 
     monkeypatch.setattr(gpu, "LIMITS", {"slow": 1, "bad": 30, "good": 30})
     found = gpu.measure(("slow", "bad", "good"), tmp_path, [sys.executable, "-c", A_PART, str(tmp_path)])

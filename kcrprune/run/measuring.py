@@ -74,7 +74,7 @@ def plain_pass(context: Context, network: Network, batches: Sequence[Tensor]) ->
 
 def _seconds(model: nn.Module, batch: Tensor, at_once: int) -> float:
     """How long a pass takes for an image of a batch, of which so many are taken."""
-    images, times = batch[:at_once].to(next(model.parameters()).device, non_blocking=True), []
+    images, times = batch.split(at_once)[0].to(next(model.parameters()).device, non_blocking=True), []
     for _ in range(2):  # the first one warms up
         start = perf_counter()
         model(images).sum().item()  # a GPU is waited for

@@ -72,7 +72,7 @@ def test_gradients_are_those_of_autograd(tiny_vit: Tiny):
     with watching(model, {"blocks.0.mlp.fc2": sums.see_inputs}):
         loss = model(tiny_vit.images(4)).square().sum()
     assert sums.output is not None
-    gradient, bias = torch.autograd.grad(loss, [sums.output, linear.bias])
+    gradient, bias = torch.autograd.grad(loss, [sums.output, linear.get_parameter("bias")])
     sums.see_gradient(gradient)
     assert sums.sums.tokens == 4 * 5
     assert torch.allclose(sums.sums.gradients.trace(), gradient.double().square().sum())
@@ -111,7 +111,7 @@ def test_closed_gates_are_a_cut_and_its_refit_inside_a_network(tiny: Tiny):
     design = torch.cat([x[:, kept], torch.ones(len(x), 1)], dim=1)
     old = linear_at(model, name)
     solution = torch.linalg.lstsq(design, old(x.float()).double()).solution.float()  # (I + 1, O)
-    refitted = nn.Linear(group.width, old.out_features)
+    refitted = nn.Linear(group.width, len(old.weight))
     refitted.weight.zero_()
     refitted.weight[:, kept] = solution[:-1].T
     refitted.bias.copy_(solution[-1])
