@@ -56,9 +56,9 @@ class Part:
         """While it lasts, the refit does no more than this."""
         whole = refit._Pair.refit_reader_
 
-        def some(pair: Any, name: str, *given: Any, **told: Any) -> None:
-            if self.takes(name):
-                whole(pair, name, *given, **told)
+        def some(pair: Any, fit: Any, *given: Any, **told: Any) -> None:
+            if self.takes(fit.name):
+                whole(pair, fit, *given, **told)
 
         with (
             mock.patch.object(refit._Pair, "refit_reader_", some),

@@ -1,7 +1,7 @@
 """Weights into a network, and only if every one of them has its place."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import signature
 from math import prod
@@ -152,13 +152,11 @@ def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
     Tables of positions of two sides are resized from the sizes of `own`, since timm's conversion takes each for a
     square where it can.
     """
-    wanted = shapes_of(model.state_dict())
-    missing = wanted.keys() - tensors.keys()
-    if all(wanted.get(name) == tuple(value.shape) for name, value in tensors.items()) and _classifies(missing):
-        return tensors  # they are the model's own, whatever it is
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the speed of an interpolation inside timm
         resized = positions(tensors, model, own) | biases(tensors, model, own)
+        if not resized and _are_its_own(tensors, shapes_of(model.state_dict())):
+            return tensors
         rest = {name: value for name, value in tensors.items() if name == "pos_embed" or name not in resized}
         if isinstance(model, VisionTransformer):
             return vision_transformer.checkpoint_filter_fn(rest, model, adapt_layer_scale=True) | resized
@@ -167,9 +165,10 @@ def fit(tensors: Tensors, model: nn.Module, own: nn.Module) -> Tensors:
         return convert(rest, model) | resized
 
 
-def _classifies(names: Iterable[str]) -> bool:
-    """Whether tensors are a classifier's, all of them."""
-    return all(CLASSIFIER.match(name) for name in names)
+def _are_its_own(tensors: Tensors, wanted: Mapping[str, Shape]) -> bool:
+    """Whether tensors have the names and shapes of a network's, whatever it is; its classifier may be missing."""
+    alike = all(wanted.get(name) == tuple(value.shape) for name, value in tensors.items())
+    return alike and all(CLASSIFIER.match(name) for name in wanted.keys() - tensors.keys())
 
 
 def check_fit(wanted: Mapping[str, Shape], given: Mapping[str, Shape], path: Path) -> None:

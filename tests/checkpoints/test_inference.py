@@ -127,7 +127,7 @@ def test_arch_of_the_same_width_lends_its_heads(tmp_path):
         ("vit_tini_patch16_224", ConfigError, r"timm has no network called 'vit_tini_patch16_224'; near it: vit_tin"),
         ("swin_tiny_patch4_window7_224", ConfigError, r"holds a VisionTransformer, but .* is a SwinTransformer"),
         ("deit_tiny_distilled_patch16_224", ConfigError, r"is a distilled VisionTransformer"),
-        ("resnet50", UnsupportedModelError, r"resnet50 is not a VisionTransformer or SwinTransformer"),
+        ("resnet50", UnsupportedModelError, r"this ResNet has no part that kcrprune can cut"),
         ("vit_giant_patch14_dinov2", UnsupportedModelError, r"has parts that cannot be told from shapes"),
     ],
 )
