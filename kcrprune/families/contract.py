@@ -41,6 +41,11 @@ class Slot:
         """Where all channels of all heads lie, head by head."""
         return [self.start + head * self.stride + channel for head in range(heads) for channel in range(width)]
 
+    def among(self, heads: int, width: int) -> slice | list[int]:
+        """The same as an index: a slice where they lie side by side, which no device waits for."""
+        side_by_side = heads == 1 or self.stride == width
+        return slice(self.start, self.start + heads * width) if side_by_side else self.places(heads, width)
+
 
 @dataclass(frozen=True)
 class Group:

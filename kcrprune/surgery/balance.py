@@ -122,10 +122,10 @@ def _see_reader(group: Group, moments: HeadMoments) -> See:
 
 
 def _see_writer(group: Group, slot: Slot, total: Tensor, *, is_key: bool) -> See:
-    places = torch.tensor(slot.places(group.heads, group.width), device=total.device)
+    places = slot.among(group.heads, group.width)
 
     def see(inputs: Tensor, output: Tensor) -> None:
-        x = output.index_select(-1, places)
+        x = output[..., places]
         x = x.unflatten(-1, (group.heads, group.width))  # (windows, T, h, d)
         if group.basis == "orthogonal":
             x = nn.functional.normalize(x, dim=-1)
@@ -192,6 +192,7 @@ def _rotate_rows_(model: nn.Module, group: Group, slot: Slot, rotation: Tensor) 
     tensors = [owner] if isinstance(owner, Tensor) else [owner.weight, owner.bias]
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            places = torch.tensor(slot.places(group.heads, group.width), device=tensor.device)
-            rows = tensor[places].view(group.heads, group.width, -1).double()  # (h, d, D or 1)
-            tensor[places] = (rotation @ rows).to(tensor).view(len(places), *tensor.shape[1:])
+            places = slot.among(group.heads, group.width)
+            rows = tensor[places]
+            turned = rotation @ rows.reshape(group.heads, group.width, -1).double()  # (h, d, D or 1)
+            tensor[places] = turned.to(tensor).view_as(rows)

@@ -134,8 +134,11 @@ class _Pair:
 
     def restart_(self, block: str, batches: Iterable[Any], dense_streams: Streams, cut_streams: Streams) -> None:
         """Takes both streams before a block from the images."""
-        for module, streams in ((self.dense, dense_streams), (self.cut, cut_streams)):
-            streams[:] = [self.keep(input_of(module, block, images)) for images in _moved(batches, self.device)]
+        dense_streams.clear()
+        cut_streams.clear()
+        for images in _moved(batches, self.device):
+            dense_streams.append(self.keep(input_of(self.dense, block, images)))
+            cut_streams.append(self.keep(input_of(self.cut, block, images)))
 
     def refit_alone_(self, fits: Iterable[Fit], batches: Sequence[Any]) -> None:
         """Fits linears to their own dense outputs, from the images."""

@@ -111,7 +111,7 @@ def _magnitudes(model: nn.Module, group: Group) -> Tensor:
     total = torch.zeros(group.heads * group.width, device=next(model.parameters()).device)
     for slot in matrices:
         squares = owner_of(model, slot.owner).weight.square().transpose(0, slot.dim).flatten(1).sum(1)  # type: ignore[union-attr,operator]
-        total += squares[torch.tensor(slot.places(group.heads, group.width), device=total.device)]
+        total += squares[slot.among(group.heads, group.width)]
     return total
 
 
