@@ -43,7 +43,7 @@ INTRODUCTION = """# Networks
 Written by `python docs/networks.py` with timm {version}; do not edit. `kcrprune inspect --list` prints the same for
 each name.
 
-Looked at are {all} networks that timm registers, of which {cut} can be cut. {transformers} are transformers, which
+Of {all} networks that timm registers {cut} can be cut. {transformers} are transformers, which
 here says that a module of theirs is an attention (by the name of its class, `kcrprune/families/whole.py`);
 {transformers_cut} of these can be cut, {complete} in all of their attentions. A network whose sizes are not timm's
 opens where its kind is a ViT or a Swin.
