@@ -107,7 +107,7 @@ def _saved(
     )
     places = {path: name for name in PLACES if (path := getattr(config, name)) is not None}
     words = {**places, network.opened.path: network.opened.path.name, folder: "run"}
-    comparison = Comparison.model_validate(without_places(comparison.model_dump(mode="json"), words))
+    comparison = placeless(comparison, words)
     source = {
         "command": repeating(context.checkpoint, context.config, folder),
         "images": pool.fingerprint,
@@ -115,6 +115,16 @@ def _saved(
     }
     write_results(context, cut.plan, comparison, config, told, source)
     return comparison
+
+
+def placeless(comparison: Comparison, words: Mapping[str | Path, str]) -> Comparison:
+    """A comparison whose sentences and sources name no place; a folder may be called as a state or an axis is."""
+    before, after = (
+        report.model_copy(update={"source": without_places(report.source, words)})
+        for report in (comparison.before, comparison.after)
+    )
+    notes = tuple(without_places(comparison.notes, words))
+    return comparison.model_copy(update={"before": before, "after": after, "notes": notes})
 
 
 def write_results(

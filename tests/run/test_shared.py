@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from kcrprune.config import load_config
+from kcrprune.run.saving import placeless
 from kcrprune.run.shared import repeating, without_places
+from tests.cli.conftest import COMPARISON
 
 
 def test_words_stand_for_paths_however_they_are_written(tmp_path, monkeypatch):
@@ -16,6 +18,13 @@ def test_words_stand_for_paths_however_they_are_written(tmp_path, monkeypatch):
         "relative": ["data/train: 3 files", "as in data", "cats of dogs", "my/cats/train"],
     }
     assert without_places("/ and /x", {"/": "data"}) == "/ and /x", "the root of all has no name"
+
+
+def test_a_folder_may_be_called_as_a_state_is():
+    told = COMPARISON.model_copy(update={"notes": ("pruned/train: 3 files",)})
+    found = placeless(told, {Path("pruned"): "run", Path("dense"): "dense.pth"})
+    assert (found.before.state, found.after.state) == (told.before.state, told.after.state) == ("dense", "pruned")
+    assert found.notes == ("run/train: 3 files",)
 
 
 def test_the_command_that_repeats_a_run_has_what_differs_and_no_secrets():
