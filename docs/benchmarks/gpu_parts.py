@@ -138,8 +138,16 @@ def same(found: Part) -> None:
 
 def differing(first: ChannelPlan, second: ChannelPlan) -> int:
     """How many kept channels are in one of two plans alone."""
-    kept = [json.loads(plan.model_dump_json())["groups"] for plan in (first, second)]
-    return len({json.dumps(entry) for entry in kept[0]} ^ {json.dumps(entry) for entry in kept[1]})
+    kept = [
+        {
+            (group.site, group.axis, head, channel)
+            for group in plan.groups
+            for head, channels in zip(group.kept_heads, group.channels, strict=True)
+            for channel in channels
+        }
+        for plan in (first, second)
+    ]
+    return len(kept[0] ^ kept[1])
 
 
 def kernels(found: Part) -> None:
@@ -296,11 +304,9 @@ def search(found: Part) -> None:
                 settings["recover_steps"] = 3 * count  # a step of selection is two
             else:
                 settings |= {"search_steps": count, "search_weight_lr": 2e-5, "kernel_weight": weight}
-            name = f"seed {seed}, " + ("recovery alone" if weight is None else f"kernel weight {weight:g}")
-            found[name] = found.compressed(name.replace(" ", "-").replace(",", ""), REAL, **settings)
-            found[name] |= json.loads((found.out / name.replace(" ", "-").replace(",", "") / "run.json").read_text())[
-                "decisions"
-            ]
+            name = f"seed-{seed}-" + ("recovery-alone" if weight is None else f"kernel-weight-{weight:g}")
+            found[name] = found.compressed(name, REAL, **settings)
+            found[name] |= json.loads((found.out / name / "run.json").read_text())["decisions"]
 
 
 PARTS: Final = (machine, same, kernels, big, latency, steps, ort, search)

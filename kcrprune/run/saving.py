@@ -58,22 +58,12 @@ def _final(network: Network, cut: Cut, recovery: Recovery | None) -> nn.Module:
     return network.pruned(cut.plan, recovery.weights if recovery else cut.weights)
 
 
-def save(
-    context: Context,
-    network: FromFile,
-    pool: FromFolder,
-    reference: Reference,
-    cut: Cut,
-    recovery: Recovery | None,
-    measured: Measured,
-) -> Comparison:
+def save(context: Context, *results: Any) -> Comparison:
     """Writes the files of the run, its record last: a folder that has one is finished.
 
     Of several processes the first writes.
     """
-    found = processes.of_first(
-        lambda: _saved(context, network, pool, reference, cut, recovery, measured).model_dump(mode="json")
-    )
+    found = processes.of_first(lambda: _saved(context, *results).model_dump(mode="json"))
     return Comparison.model_validate(found)
 
 
