@@ -121,6 +121,7 @@ class StageTime(Frozen):
     algebra_seconds: NonNegativeFloat = 0  # of these, what decompositions, eliminations and solves took
     passes: NonNegativeFloat | None = None  # the others, in plain passes of the dense network over the same images
     peak_memory_mib: NonNegativeFloat | None = None  # largest resident memory of the process by the stage's end
+    peak_device_mib: NonNegativeFloat | None = None  # and of a GPU's, what its tensors took
 
 
 class Comparison(Frozen):

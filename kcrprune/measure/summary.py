@@ -118,21 +118,23 @@ def _width(block: BlockWidths, axis: Axis) -> str:
 
 def stage_table(stages: Sequence[StageTime]) -> Table:
     """How long each stage took, what of it is passes and what algebra, and how much memory was needed by its end."""
+    peaks = {"peak_memory_mib": "peak memory so far"}
+    if any(stage.peak_device_mib is not None for stage in stages):
+        peaks["peak_device_mib"] = "of the GPU"
     rows = [
         (
             stage.stage,
             tables.duration(stage.seconds),
             ABSENT if stage.passes is None else f"{stage.passes:.1f}",
             tables.duration(stage.algebra_seconds) if stage.algebra_seconds else ABSENT,
-            _memory(stage.peak_memory_mib),
+            *(_memory(getattr(stage, peak)) for peak in peaks),
         )
         for stage in stages
     ]
-    peaks = [stage.peak_memory_mib for stage in stages if stage.peak_memory_mib is not None]
     seconds, algebra = sum(stage.seconds for stage in stages), sum(stage.algebra_seconds for stage in stages)
-    memory = _memory(max(peaks, default=None))
-    total = ("all", tables.duration(seconds), "", tables.duration(algebra) if algebra else ABSENT, memory)
-    header = ("stage", "time", "passes of the dense network", "algebra", "peak memory so far")
+    highest = (_memory(max((getattr(stage, peak) or 0 for stage in stages), default=0) or None) for peak in peaks)
+    total = ("all", tables.duration(seconds), "", tables.duration(algebra) if algebra else ABSENT, *highest)
+    header = ("stage", "time", "passes of the dense network", "algebra", *peaks.values())
     return Table("Stages", header, (*rows, total))
 
 

@@ -66,7 +66,7 @@ class Objective:
         total = torch.stack(list(parts.values())).sum()
         if self.basis is not None:
             with torch.autocast(features.device.type, enabled=False):  # TNN is a difference of two large numbers
-                tnn = (relative_tnn if self.relative else separable_tnn)(features, self.basis)
+                tnn = (relative_tnn if self.relative else separable_tnn)(features.double(), self.basis.double()).float()
             parts["kernel"] = tnn
             total = total + self.kernel_weight * tnn
         figures = {name: part.detach() for name, part in ({"loss": total} | parts).items()}

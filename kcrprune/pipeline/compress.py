@@ -21,7 +21,7 @@ from kcrprune.run.metrics import Metrics
 from kcrprune.run.stage import Results, Stage, execute
 from kcrprune.run.stages import REFUSALS, STAGES
 from kcrprune.run.store import Store
-from kcrprune.training.precision import repeating
+from kcrprune.training.precision import arithmetic
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def compress(
     and one that is finished is shown again; neither with `fresh`,
     nor are stages taken over that other runs beside it have finished. `origins` says where settings come from.
     """
-    with repeating(wanted=config.deterministic):
+    with arithmetic(config):
         return _compressed(Context(checkpoint, config, listener, origins or {}), out, fresh=fresh)
 
 

@@ -26,7 +26,7 @@ from kcrprune.run.given import Source
 from kcrprune.run.stages import REFUSALS, in_memory
 from kcrprune.run.store import Store
 from kcrprune.training.feeds import read_feeds
-from kcrprune.training.precision import require_one_process
+from kcrprune.training.precision import arithmetic, require_one_process
 
 OF_FILES: Final = {  # settings that say how files are read, or what their labels are for
     *NETWORK,
@@ -67,9 +67,10 @@ def compress_given(
         folders.require_usable(out, fresh=fresh)
     source = Source(model, use, read_feeds(loader, use, config), rules, _names_of(use))
     context, stages = Context(Path(type(model).__name__), config, listener), in_memory(source)
-    given = load(context, stages[: len(REFUSALS)])
+    with arithmetic(config):
+        given = load(context, stages[: len(REFUSALS)])
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
-    with _folder(out, asked, fresh=fresh) as folder:
+    with arithmetic(config), _folder(out, asked, fresh=fresh) as folder:
         if folders.finished(folder):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (fresh makes a new one)")
             comparison = folders.comparison(folder)

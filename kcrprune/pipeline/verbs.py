@@ -140,12 +140,14 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
             )
         graph.device = config.device if config.device != "auto" else "cpu"  # what export compared it on
         predict, preprocessing, names = graph, graph.preprocessing, graph.class_names
+        pinned = False
         outputs = config.outputs or graph.outputs
         classes = len(names) if names else None
     else:
         opened = open_for_run(model, config)
         device = open_accelerator(config.device, "fp32").device
         predict, preprocessing, names = opened.model.to(device), opened.preprocessing, opened.class_names
+        pinned = device.type == "cuda"
         classes, outputs = opened.class_count, opened.outputs
     if outputs == "features":
         raise DataError(
@@ -164,7 +166,7 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
     )
     if isinstance(images, Pictures) and images.source.told:
         listener(Note(images.source.told))
-    batches = in_order(images, config.batch_size, workers=config.workers)
+    batches = in_order(images, config.batch_size, workers=config.workers, pinned=pinned)
     found = evaluate_on(predict, batches, listener=listener)
     if found.top1 is None:
         raise DataError(f"the {found.images:,} images have no labels to evaluate by; name a dataset that has some")

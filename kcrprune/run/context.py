@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, Final, cast
 
+import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, Field
 
@@ -16,9 +17,9 @@ from kcrprune.config import RunConfig
 from kcrprune.events import Listener, Note, StageEnded, StageStarted
 from kcrprune.measure.algebra import ALGEBRA
 from kcrprune.measure.report import StageTime
-from kcrprune.run.machine import peak_memory_mib
+from kcrprune.run.machine import forget_peak, peak_device_mib, peak_memory_mib
 from kcrprune.training.images.unreadable import Replaced
-from kcrprune.training.precision import open_accelerator
+from kcrprune.training.precision import gpu_fault, open_accelerator
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
 WAITED: Final = 0.2  # share of a stage that is worth a word
@@ -62,6 +63,9 @@ class Context:
 
     def __post_init__(self) -> None:
         self.device = open_accelerator(self.config.device, self.config.precision, shared=True).device
+        if self.config.device == "auto" and torch.cuda.device_count() and (fault := gpu_fault("cuda")):
+            self.tell(f"there is a GPU, but it does not work ({fault}); the CPU is taken", True)
+        forget_peak(self.device)
         self.started = monotonic()
         self.settings, self.record = self.config, self.records[""]
         self.snapshots: Snapshots = NO_SNAPSHOTS  # of the stage that is being made
@@ -100,6 +104,7 @@ class Context:
             algebra_seconds=algebra,
             passes=(seconds - algebra) / plain_pass if plain_pass else None,
             peak_memory_mib=peak_memory_mib(),
+            peak_device_mib=peak_device_mib(self.device),
         )
         record.times.append(time)
         self.listener(StageEnded(name, seconds))

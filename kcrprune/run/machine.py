@@ -51,3 +51,14 @@ def peak_memory_mib() -> float:
     from resource import RUSAGE_SELF, getrusage  # not on Windows; elsewhere psutil tells no peak
 
     return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def peak_device_mib(device: torch.device) -> float | None:
+    """Most memory of a GPU that this process's tensors have taken since `forget_peak`, in MiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Another run begins."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

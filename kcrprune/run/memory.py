@@ -7,7 +7,7 @@ import torch
 
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE
-from kcrprune.surgery.kept import Keep, in_files, on
+from kcrprune.surgery.kept import Keep, in_files, on, pinned
 
 CPU: Final = torch.device("cpu")
 SHARE: Final = 0.75  # of what is free; the rest is for the work itself
@@ -19,7 +19,7 @@ def keep_streams(context: Context, needed: int) -> Keep:
         return on(context.device)
     asked = context.settings.max_memory
     if needed <= (SHARE * free_memory(CPU) if asked is None else asked * 2**30):
-        return on(CPU)
+        return pinned if context.device.type == "cuda" else on(CPU)
     assert context.folder is not None, "a run that refits has a folder"
     context.tell(f"the streams of the refit take {needed / 2**30:.1f} GiB: they lie in files of {context.folder}")
     return in_files(context.folder / STORE)

@@ -22,7 +22,7 @@ from kcrprune.run.context import ALL, FREE, PLACES, Context, Record
 from kcrprune.run.cutting import Cut, Recovery
 from kcrprune.run.describe import kernel_figures, report_of
 from kcrprune.run.folder import RECORD, REPORT, STORE
-from kcrprune.run.machine import machine_record, peak_memory_mib
+from kcrprune.run.machine import machine_record, peak_device_mib, peak_memory_mib
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
@@ -177,6 +177,7 @@ def _record(context: Context, config: RunConfig, told: Record, source: Mapping[s
         "processes": processes.count(),
         "sent_bytes": {name: found.sent_bytes for name, found in context.records.items() if found.sent_bytes},
         "peak_memory_mib": peak_memory_mib(),
+        "peak_device_mib": peak_device_mib(context.device),
         "decisions": told.decisions,
     }
 

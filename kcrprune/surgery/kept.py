@@ -20,6 +20,11 @@ def on(device: torch.device) -> Keep:
     return lambda tensor: tensor.to(device)
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """In the machine's memory, where a GPU reads and writes it without the CPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
 def in_files(folder: Path) -> Keep:
     """In files below `folder`, which are gone with the tensors; KcrPruneError where the disk has no room."""
 

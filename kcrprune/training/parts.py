@@ -14,6 +14,7 @@ from kcrprune.training.images.checked import require_readable
 from kcrprune.training.images.parts import sample, split
 from kcrprune.training.images.sets import Images
 from kcrprune.training.images.unreadable import Replaced, Replacing
+from kcrprune.training.precision import available_device
 
 HELD_OUT = 512  # images, at most, that decide between plans and between weights
 
@@ -69,11 +70,16 @@ def told_of_few(parts: Parts, config: RunConfig) -> Iterator[str]:
 
 
 def _drawn(dataset: Dataset, config: RunConfig, stage: str) -> Batches:
-    return Batches(dataset, _size(dataset, config), seed=config.seed, stage=stage, workers=config.workers)
+    size, pinned = _size(dataset, config), _pinned(config)
+    return Batches(dataset, size, seed=config.seed, stage=stage, workers=config.workers, pinned=pinned)
 
 
 def _in_order(dataset: Dataset, config: RunConfig) -> DataLoader:
-    return in_order(dataset, _size(dataset, config), workers=config.workers)
+    return in_order(dataset, _size(dataset, config), workers=config.workers, pinned=_pinned(config))
+
+
+def _pinned(config: RunConfig) -> bool:
+    return available_device(config.device) != "cpu"
 
 
 def _in_memory(dataset: Dataset, config: RunConfig, replaced: Replaced) -> list[Tensor]:

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from functools import cache
+from typing import Any, Final, cast
 
 import torch
 from accelerate import Accelerator
@@ -11,13 +12,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from kcrprune import processes
+from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 
 SIZES: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers set
 
 
 def open_accelerator(device: str, precision: str, *, shared: bool = False) -> Accelerator:
-    """Accelerator on the asked device; `auto` is a GPU where there is one, in bf16, else the CPU in fp32.
+    """Accelerator on the asked device; `auto` is a GPU where one works, in bf16 where it can, else the CPU in fp32.
 
     What is `shared` by the processes that a launcher has started joins them, each with a GPU of its own; anything else
     is one process. ConfigError names a device that this machine lacks.
@@ -26,9 +28,9 @@ def open_accelerator(device: str, precision: str, *, shared: bool = False) -> Ac
         require_one_process()
     elif device.startswith("cuda:"):
         raise ConfigError(f"device {device!r} is one GPU, and several processes have one each; use auto, cuda or cpu")
-    chosen = _available_device(device)
+    chosen = available_device(device)
     if precision == "auto":
-        precision = "bf16" if chosen.startswith("cuda") else "fp32"
+        precision = "bf16" if chosen.startswith("cuda") and _has_bf16(chosen) else "fp32"
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process may ask for another device
     if chosen.startswith("cuda:"):
         os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
@@ -41,16 +43,24 @@ def open_accelerator(device: str, precision: str, *, shared: bool = False) -> Ac
 
 
 @contextmanager
-def repeating(*, wanted: bool) -> Iterator[None]:
-    """Inside, torch takes algorithms alone that repeat themselves to the bit, where that is wanted."""
+def arithmetic(config: RunConfig) -> Iterator[None]:
+    """How torch computes in a run: with `deterministic`, by algorithms alone that repeat themselves to the bit.
+
+    On a GPU, factors of float32 products and convolutions are rounded to TF32 (10 bits), unless the precision asked for
+    is fp32. What is summed over images is in float64.
+    """
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)  # a module, to a type checker
+    roundings = matmul.allow_tf32, cudnn.allow_tf32
+    if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made on a GPU
         torch.use_deterministic_algorithms(True)
     try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = config.precision != "fp32"
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        matmul.allow_tf32, cudnn.allow_tf32 = roundings
 
 
 def require_one_process() -> None:
@@ -69,10 +79,27 @@ def require_one_process() -> None:
         )
 
 
-def _available_device(device: str) -> str:
+def available_device(device: str) -> str:
+    """`cpu`, `cuda` or `cuda:N` for what was asked; ConfigError where that is not here, or does not work."""
     count = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if count else "cpu"
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= count:
-        raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
+        return "cuda" if count and gpu_fault("cuda") is None else "cpu"
+    if device.startswith("cuda"):
+        if int(device.partition(":")[2] or 0) >= count:
+            raise ConfigError(f"device {device!r} is not here (this machine has {count} CUDA devices); use auto or cpu")
+        if fault := gpu_fault(device):
+            raise ConfigError(f"device {device!r} is here but does not work ({fault}); use cpu, or mend its driver")
     return device
+
+
+@cache
+def gpu_fault(device: str) -> str | None:
+    """What a GPU says when it is asked for one sum; None where it works."""
+    try:
+        return None if (torch.ones(8, device=device) + 1).sum().item() == 16 else "1 + 1 is not 2"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        return str(error).strip().partition("\n")[0]
+
+
+def _has_bf16(device: str) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate it

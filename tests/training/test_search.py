@@ -18,6 +18,7 @@ from kcrprune.method.kernel_complexity import relative_tnn
 from kcrprune.method.objective import Objective, feature_distance, logit_distance
 from kcrprune.method.shift import ExpectedMacs
 from kcrprune.plan import AXES, Axis
+from kcrprune.training import precision
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
 from kcrprune.training.pace import Pace
@@ -301,3 +302,29 @@ def test_a_device_or_task_that_is_not_to_be_had_is_refused(tiny_vit: Tiny):
         open_accelerator("cuda:99", "fp32")
     with pytest.raises(ConfigError, match="task 'labels' needs labelled images"):
         make_objective(CONFIG.model_copy(update={"task": "labels"}), tiny_vit.model(), labelled=False)
+
+
+@pytest.mark.parametrize(("says", "expected"), [(None, "cuda"), ("CUDA error: out of order\nmore", "cpu")])
+def test_auto_takes_a_gpu_only_where_it_works(says: str | None, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(precision, "gpu_fault", lambda device: says)
+    assert precision.available_device("auto") == expected
+    if says:
+        with pytest.raises(ConfigError, match=r"'cuda:0' is here but does not work \(CUDA error: out of order"):
+            precision.available_device("cuda:0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU works")
+def test_a_gpu_that_does_not_work_says_why_in_one_line():
+    precision.gpu_fault.cache_clear()
+    assert "\n" not in (precision.gpu_fault("cuda") or "\n")
+
+
+@pytest.mark.parametrize(("wanted", "rounded"), [("auto", True), ("bf16", True), ("fp32", False)])
+def test_float32_is_rounded_in_a_run_unless_it_is_asked_for(wanted: str, rounded: bool):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with precision.arithmetic(CONFIG.model_copy(update={"precision": wanted, "deterministic": True})):
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (rounded, rounded)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    assert not torch.are_deterministic_algorithms_enabled()

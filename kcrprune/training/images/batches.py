@@ -28,8 +28,11 @@ class Batches:
     in seconds.
     """
 
-    def __init__(self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0) -> None:
-        self.dataset, self.size, self.seed, self.stage, self.workers = dataset, size, seed, stage, workers
+    def __init__(
+        self, dataset: Dataset, size: int, *, seed: int, stage: str, workers: int = 0, pinned: bool = False
+    ) -> None:
+        self.dataset, self.size, self.seed, self.stage = dataset, size, seed, stage
+        self.workers, self.pinned = workers, pinned  # pinned: in memory that a GPU reads while others work
         self.images: int = len(dataset)  # type: ignore[arg-type]
         assert 0 < size <= self.images, "an epoch has at least one batch"
         self.replaced, self.waited = Replaced(self.images), 0.0
@@ -55,7 +58,8 @@ class Batches:
 
     def _loaded(self, addresses: Iterator[list[Address]]) -> Iterator[tuple[Tensor, Tensor]]:
         dataset = _Addressed(Replacing(self.dataset, self.seed, self.stage), self.seed, self.stage)
-        batches = iter(loader(dataset, min(self.workers, len(self)), batch_sampler=addresses))
+        workers = min(self.workers, len(self))
+        batches = iter(loader(dataset, workers, batch_sampler=addresses, pin_memory=self.pinned))
         for number in count():
             start = perf_counter()
             if (batch := next(batches, None)) is None:
@@ -66,16 +70,17 @@ class Batches:
             yield images, labels
 
 
-def in_order(dataset: Dataset, size: int, *, workers: int = 0) -> DataLoader:
+def in_order(dataset: Dataset, size: int, *, workers: int = 0, pinned: bool = False) -> DataLoader:
     """Batches of a whole data set, in its order; the processes that load stay from one pass to the next.
 
     Of several processes each takes its part of the same batches.
     """
     if isinstance(dataset, IterableDataset):
-        return loader(dataset, 0, batch_size=size)
+        return loader(dataset, 0, batch_size=size, pin_memory=pinned)
     batches = [processes.own(batch) for batch in _divided(len(dataset), size)]  # type: ignore[arg-type]
     workers = min(workers, len(batches))
-    return loader(dataset, workers, batch_sampler=batches, persistent_workers=workers > 0)
+    persistent = workers > 0
+    return loader(dataset, workers, batch_sampler=batches, persistent_workers=persistent, pin_memory=pinned)
 
 
 def _divided(images: int, size: int) -> list[range]:
