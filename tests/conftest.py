@@ -29,6 +29,17 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--on cuda`: tensors that name no device lie there."""
+    parser.addoption("--on", default="cpu", help="the device of tensors that name none")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any network is built."""
+    if (device := config.getoption("--on")) != "cpu":
+        torch.set_default_device(device)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One tiny network: how to build it and what it eats."""
@@ -49,7 +60,8 @@ class Tiny:
 
     def images(self, count: int = 2, seed: int = 0) -> torch.Tensor:
         """Random inputs (count, C, H, W)."""
-        return torch.randn(count, *self.input_size, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *self.input_size, generator=drawn, device="cpu").to(torch.get_default_device())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What one GPU shows in nine minutes: the parts of gpu_parts.py in order of worth, each in a process of its own.
 
-    python docs/benchmarks/gpu.py --out FOLDER [--parts machine,same] [--small]
+    python docs/benchmarks/gpu.py --out FOLDER [--parts machine,same] [--small] [--data IMAGES] [--steps N]
 
 A part that fails or takes too long costs only itself; FOLDER/gpu.json is written anew after each. Nothing is fetched:
 weights are those of this folder or random, images are generated. `search` and `ort` run where they are named. Without
@@ -18,7 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-LIMITS: Final = {"machine": 30, "same": 100, "kernels": 40, "big": 180, "latency": 60, "steps": 100}  # seconds
+LIMITS: Final = {
+    "machine": 30,
+    "same": 100,
+    "kernels": 40,
+    "big": 180,
+    "latency": 60,
+    "steps": 100,
+    "laws": 60,
+}  # seconds
 NAMED: Final = {"ort": 150, "search": 3600}  # only where they are asked for
 TOTAL: Final = 530  # of the parts that are not named
 SLOW: Final = 8  # times as long on a CPU
@@ -70,12 +78,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(LIMITS), help=", ".join([*LIMITS, *NAMED]))
     parser.add_argument("--small", action="store_true", help="tiny networks, for a try on the CPU")
+    parser.add_argument("--data", type=Path, help="an image folder for `search`; generated images without")
+    parser.add_argument("--steps", type=int, default=2000, help="of a selection of `search`")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts, slow = options.parts.split(","), SLOW if options.small else 1
     if strange := set(parts) - {*LIMITS, *NAMED}:
         parser.error(f"there is no part {', '.join(sorted(strange))}")
     command = [sys.executable, str(PARTS), str(options.out), *["--small"] * options.small]
+    command += ["--steps", str(options.steps)]
+    command += ["--data", str(options.data)] if options.data else []
     found = measure(parts, options.out, command, slow)
     return int(any("error" in part for part in found.values()))
 

@@ -1,13 +1,17 @@
-"""The parts of gpu.py, one a process: gpu_parts.py FOLDER PART [--small] writes FOLDER/PART.json as it goes.
+"""The parts of gpu.py, one a process; each writes FOLDER/PART.json as it goes.
+
+    python docs/benchmarks/gpu_parts.py FOLDER PART [--small] [--data IMAGES] [--steps N]
 
 machine   the card, its memory's and its multipliers' rates, the method's decompositions: the roofline of what follows
-same      the tests marked gpu; one command on CPU and GPU, without TF32: plans, channels that differ, outputs
+same      the tests marked gpu; one command on CPU and GPU in fp32: plans, channels that differ, outputs
 kernels   attention by query and value widths: which kernel is taken, and times, padded to one width as well
 big       ViT-S, ViT-B, Swin-T at 224 px with random weights, `no-train`: seconds, passes and algebra of each stage
 latency   dense and pruned networks of `big`: batch 1, 8, 64, eager and as a CUDA graph
+laws      the tests of the laws, with all tensors on the device
 steps     steps of search and recovery beside a plain step of fine-tuning and the teacher's pass
 ort       dense and pruned networks of `big` in ONNX Runtime (named only)
-search    the network of `same` at 0.25: long selection against recovery alone at equal passes, three seeds (named only)
+search    the network of `same` at 0.25: long selection against recovery alone at equal passes, three seeds, on the
+          images of `--data` (generated ones without); named only
 """
 
 import argparse
@@ -17,7 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -50,6 +56,8 @@ class Part(dict):
     def __init__(self, out: Path, name: str, *, small: bool) -> None:
         super().__init__()
         self.out, self.file, self.small = out, out / f"{name}.json", small
+        self.data: Path | None = None  # an image folder, and steps, of `search`
+        self.steps = 2000
         self.networks = TINY if small else BIG
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -122,7 +130,6 @@ def same(found: Part) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
     if DEVICE == "cuda":
         found["tests"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout[-600:]
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # convolutions round by default, and plans would differ for no fault
     settings = {"recipe": "no-train", "target_flops": 0.5, "precision": "fp32", "reconstruct_epochs": 1}
     devices = tuple(dict.fromkeys(("cpu", DEVICE)))
     for device in devices:
@@ -134,6 +141,14 @@ def same(found: Part) -> None:
         first, last = (kcrprune.load(found.out / f"same-{device}")(images) for device in (devices[0], devices[-1]))
     found["relative squared distance"] = float((first - last).square().sum() / first.square().sum())
     found["same answers"] = float((first.argmax(1) == last.argmax(1)).float().mean())
+
+
+def laws(found: Part) -> None:
+    """Whether they hold there."""
+    tests = Path(__file__).parents[2] / "tests" / "test_laws.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--on", DEVICE, str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found["said"] = done.stdout[-3000:] + done.stderr[-500:]
 
 
 def differing(first: ChannelPlan, second: ChannelPlan) -> int:
@@ -239,9 +254,9 @@ def captured(call: Callable[[], object]) -> Any:
 
 
 def steps(found: Part) -> None:
-    """Times between two steps, beside a plain step of the same network on the same number of images."""
+    """Times between two steps, repeatably too, beside a plain step of the same network on as many images."""
     count, batch = (6, 4) if found.small else (40, 64)
-    for name in found.networks[:2]:
+    for name, label in ((n, n + way) for n in found.networks[:2] for way in ("", "-deterministic")):
         stamps: dict[str, list[float]] = {}
 
         def listen(event: Event, stamps: dict[str, list[float]] = stamps) -> None:
@@ -250,13 +265,15 @@ def steps(found: Part) -> None:
 
         settings = {"search_steps": count, "search_weight_lr": 1e-5, "recover_steps": count, "batch_size": batch}
         settings |= {"calibration_images": 64, "score_images": 32, "workers": min(12, os.cpu_count() or 1)}
-        found.compressed(f"steps-{name}", dense(found, name), device=DEVICE, listener=listen, **settings)
+        repeatable = label.endswith("deterministic")
+        settings |= {"deterministic": repeatable, "device": DEVICE, "listener": listen}
+        found.compressed(f"steps-{label}", dense(found, name), **settings)
         gaps = {
             stage: 1e3 * (times[-1] - times[len(times) // 4]) / (len(times) - 1 - len(times) // 4)
             for stage, times in stamps.items()
             if stage in ("search", "recover")
         }
-        found[name] = plain(kcrprune.load(dense(found, name)).to(DEVICE), batch) | {"ms of a step": gaps}
+        found[label] = plain(kcrprune.load(dense(found, name)).to(DEVICE), batch) | {"ms of a step": gaps}
 
 
 def plain(model: nn.Module, batch: int) -> dict[str, float]:
@@ -295,21 +312,43 @@ def ort(found: Part) -> None:
 
 
 def search(found: Part) -> None:
-    """Selection of 2,000 steps and recovery, against recovery alone at equal passes."""
-    count = 4 if found.small else 2000
-    for seed in range(1 if found.small else 3):
-        for weight in (None, 0.0, 0.1, 1.0):  # None: no selection
-            settings: dict[str, Any] = {"target_flops": 0.25, "seed": seed, "recover_steps": count}
-            if weight is None:
-                settings["recover_steps"] = 3 * count  # a step of selection is two
-            else:
-                settings |= {"search_steps": count, "search_weight_lr": 2e-5, "kernel_weight": weight}
-            name = f"seed-{seed}-" + ("recovery-alone" if weight is None else f"kernel-weight-{weight:g}")
-            found[name] = found.compressed(name, REAL, **settings)
-            found[name] |= json.loads((found.out / name / "run.json").read_text())["decisions"]
+    """Selection and recovery, against recovery alone at equal passes: three seeds, several processes at once."""
+    count, seeds = (4, 1) if found.small else (found.steps, 3)
+    runs = [(seed, weight) for weight in (None, 0.1, 0.0, 1.0) for seed in range(seeds)]  # None: no selection
+    with ProcessPoolExecutor(2 if found.small else 6, get_context("spawn")) as pool:
+        rows = {pool.submit(one_search, found.out, run, count, found.data, found.small): run for run in runs}
+        for row in as_completed(rows):
+            seed, weight = rows[row]
+            found[f"seed {seed}, " + ("recovery alone" if weight is None else f"kernel weight {weight:g}")] = (
+                row.result()
+            )
 
 
-PARTS: Final = (machine, same, kernels, big, latency, steps, ort, search)
+def one_search(
+    out: Path,
+    run: tuple[int, float | None],
+    count: int,
+    data: Path | None,
+    small: bool,  # noqa: FBT001 (handed to a process)
+) -> dict[str, Any]:
+    """One of them, and what it decided and reached."""
+    seed, weight = run
+    settings: dict[str, Any] = {"target_flops": 0.25, "seed": seed, "recover_steps": count, "workers": 0}
+    if weight is None:
+        settings["recover_steps"] = 3 * count  # a step of selection is two
+    else:
+        settings |= {"search_steps": count, "search_weight_lr": 2e-5, "kernel_weight": weight}
+    if data:
+        settings["data"] = str(data)
+    part = Part(out, "one", small=small)
+    began, row = time.monotonic(), part.compressed(f"search-{seed}-{weight}", REAL, device=DEVICE, **settings)
+    folder = out / f"search-{seed}-{weight}"
+    report, record = (json.loads((folder / name).read_text()) for name in ("report.json", "run.json"))
+    accuracy = {side: report[side]["accuracy"] for side in ("before", "after")}
+    return row | {"run_seconds": time.monotonic() - began, "accuracy": accuracy, "decisions": record["decisions"]}
+
+
+PARTS: Final = (machine, same, laws, kernels, big, latency, steps, ort, search)
 
 
 def main() -> None:
@@ -318,9 +357,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("part", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     part = next(part for part in PARTS if part.__name__ == options.part)
-    part(Part(options.out, options.part, small=options.small))
+    found = Part(options.out, options.part, small=options.small)
+    found.data, found.steps = options.data, options.steps
+    part(found)
 
 
 if __name__ == "__main__":
