@@ -193,7 +193,7 @@ class RunConfig(Frozen):
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
     max_memory: PositiveFloat | None = Field(
         default=None,
-        description="GiB that the refit's streams may take; beyond, they lie in files of the run. Else what is free.",
+        description="GiB of the machine that a run may take; images and streams beyond lie in files. Else what is free.",
     )
     max_minutes: PositiveFloat | None = Field(
         default=None,

@@ -9,11 +9,14 @@ Letters: N tokens, h heads, d channels of a head.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+EIGHT: Final = 8  # channels, 16 bytes in half precision: what a GPU's kernels load at once
 
 
 class SlimAttention(nn.Module):
@@ -82,13 +85,13 @@ class SlimAttention(nn.Module):
         """Softmax attention over (B, h, N, d) as (B, N, h * value_dim), with the dense scale."""
         q = self.gated(q)
         dropout = self.attn_drop.p if self.training else 0.0
-        width = max(self.query_dim, self.value_dim) if self._pads() else 0
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+        if self._pads():
+            q, k, v = _padded(q, k, v)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale, **causal)
         return x[..., : self.value_dim].transpose(1, 2).flatten(2)
 
     def _pads(self) -> bool:
-        """Whether one width is better: a kernel of two widths falls back to plain products (CPU and GPU alike)."""
+        """Not where a graph is made, whose runtime chooses for itself."""
         return self.pad and not (torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined]
 
     def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -112,6 +115,23 @@ class SlimAttention(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """The branch's output from (B, N, h * value_dim)."""
         return self.proj_drop(self.proj(x))
+
+
+def _padded(*parts: Tensor) -> list[Tensor]:
+    """q, k and v with zeros at the widths that the kernel is fast at.
+
+    A CPU's flash kernel takes one width for all. A GPU's take two, both multiples of 8: on an H100 one width for both
+    took 1.9 times as long (see docs/benchmarks.md).
+    """
+    widths = [part.shape[-1] for part in parts]
+    if parts[0].device.type == "cuda":
+        widths = [-(-width // EIGHT) * EIGHT for width in widths]
+    else:
+        widths = [max(widths)] * len(parts)
+    return [
+        F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part
+        for part, width in zip(parts, widths, strict=True)
+    ]
 
 
 @contextmanager

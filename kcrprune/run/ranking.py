@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Final
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, plain_pass
-from kcrprune.run.memory import keep_streams
+from kcrprune.run.memory import backward_portions, keep_streams, room
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
@@ -29,6 +30,7 @@ from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scor
 from kcrprune.training.search import search_
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
+OF_SUMS: Final = 0.5  # of the memory that is left; the rest is for what is computed on the way
 Sites = dict[str, dict[Axis, Tensor]]  # scores by site, then axis: what has a place in a file
 
 
@@ -93,10 +95,11 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
     plain = plain_pass(context, network, scoring)
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
-            innovations = Portions("order", context.device, context.listener).of_batches(
+            space = OF_SUMS * room(context, context.device)
+            innovations = backward_portions(context, "order", model, scoring).of_batches(
                 scoring,
                 lambda batches: innovations_of(
-                    model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.outputs
+                    model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.outputs, space
                 ),
             )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
@@ -120,7 +123,7 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
         return random_scores(gates, network.cost, generator(settings.seed, "score", 0, "scores"))
     if settings.ranked_by == "equal":
         return equal_scores(gates, network.cost)
-    return Portions("score", context.device, context.listener).of_batches(
+    return backward_portions(context, "score", model, scoring).of_batches(
         scoring,
         lambda batches: fisher_scores(
             model, gates, batches, generator(settings.seed, "score", 0, "labels"), network.outputs

@@ -1,4 +1,4 @@
-"""Where the streams of all images lie while they wait: on a device, or in files whose pages the system may give up."""
+"""Where images and their streams lie while they wait: on a device, or in files whose pages the system may give up."""
 
 import os
 import tempfile
@@ -34,8 +34,8 @@ def in_files(folder: Path) -> Keep:
                 mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             raise KcrPruneError(
-                f"{folder}: the streams of the images fit neither the memory nor this disk ({error.strerror}); give "
-                "fewer --calibration-images, more --max-memory, or an --out on another disk"
+                f"{folder}: what is kept of the images fits neither the memory nor this disk ({error.strerror}); give "
+                "fewer --calibration-images, more --max-memory, or another disk (--out for streams, TMPDIR for images)"
             ) from error
         return mapped.view(tensor.shape).copy_(tensor)
 

@@ -3,9 +3,10 @@
 Letters: I inputs, O outputs of a linear, n tokens of a batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -113,16 +114,43 @@ def innovations_of(
     batches: Sequence[Any],
     generator: torch.Generator,
     outputs: Outputs | None = None,
+    room: float = inf,
 ) -> dict[str, Innovations]:
     """Those of each reader behind an open group, by its name.
 
     One forward and backward pass over `batches` of images, towards labels (of features: directions) drawn from the
-    network's own output; `outputs` None: as its last layer says. Memory: 16 bytes for each pair of inputs of a linear,
-    of all linears together.
+    network's own output; `outputs` None: as its last layer says. Memory: 8 bytes for each pair of inputs and each of
+    outputs of a linear, of all linears together; where that is more than `room` bytes, of as many as fit, and as many
+    passes more, which draw the same.
     """
-    wanted = refitted_readers(open_)
-    if not wanted:
-        return {}
+    found, start = {}, generator.get_state()
+    for wanted in _rounds(model, refitted_readers(open_), room):
+        generator.set_state(start)
+        found |= _found(model, wanted, batches, generator, outputs)
+    return found
+
+
+def _rounds(model: nn.Module, wanted: Mapping[str, Group], room: float) -> Iterator[dict[str, Group]]:
+    """Readers whose sums fit `room` bytes together; a single one, where not even that fits."""
+    taken, size = dict[str, Group](), 0
+    for name, group in wanted.items():
+        outputs, inputs = linear_at(model, name).weight.shape[:2]
+        needed = 8 * (inputs**2 + outputs**2)
+        if taken and size + needed > room:
+            yield taken
+            taken, size = {}, 0
+        taken[name], size = group, size + needed
+    if taken:
+        yield taken
+
+
+def _found(
+    model: nn.Module,
+    wanted: Mapping[str, Group],
+    batches: Sequence[Any],
+    generator: torch.Generator,
+    outputs: Outputs | None,
+) -> dict[str, Innovations]:
     image = glimpse(batches[0]).to(next(model.parameters()).device, non_blocking=True)
     moments = {
         name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()

@@ -1,14 +1,18 @@
 """The parts that a run makes of its images: for weights, for gates, to fit on, and held out to decide by."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.errors import DataError
+from kcrprune.surgery.kept import in_files
 from kcrprune.training.images.batches import Batches, in_order
 from kcrprune.training.images.checked import require_readable
 from kcrprune.training.images.parts import sample, split
@@ -17,13 +21,14 @@ from kcrprune.training.images.unreadable import Replaced, Replacing
 from kcrprune.training.precision import available_device
 
 HELD_OUT = 512  # images, at most, that decide between plans and between weights
+OF_IMAGES = 0.25  # of the memory, at most, that images may lie in
 
 
 @dataclass(frozen=True)
 class Parts:
     """The images of a run, divided; whatever a run decides by is in no other part.
 
-    `calibration` and `scoring` are batches (batch, C, H, W) in memory, the loaders give (images, labels). Of images
+    `calibration` and `scoring` are batches (batch, C, H, W) that are kept, the loaders give (images, labels). Of images
     that cannot be read, those that decide are refused here; others take the place of the rest.
     """
 
@@ -53,8 +58,8 @@ def divide(images: Images, config: RunConfig) -> Parts:
         weights=_drawn(weights, config, "search: weights"),
         gates=_drawn(gates, config, "search: gates"),
         training=_drawn(training, config, "recover"),
-        calibration=_in_memory(calibration, config, replaced),
-        scoring=_in_memory(scoring, config, replaced),
+        calibration=_kept(calibration, config, replaced),
+        scoring=_kept(scoring, config, replaced),
         held_out=_in_order(held_out, config),
         evaluation=None if images.evaluate is None else _in_order(images.evaluate, config),
         replaced=replaced,
@@ -82,12 +87,20 @@ def _pinned(config: RunConfig) -> bool:
     return available_device(config.device) != "cpu"
 
 
-def _in_memory(dataset: Dataset, config: RunConfig, replaced: Replaced) -> list[Tensor]:
-    batches = []
+def _kept(dataset: Dataset, config: RunConfig, replaced: Replaced) -> list[Tensor]:
+    """All batches, in memory; in files that have no name any more where they would take much of it."""
+    batches, keep = [], None
     for images, _, names in _in_order(dataset, config):
         replaced.note_(names)
-        batches.append(images)
+        if keep is None:
+            few = images.nbytes / len(images) * len(dataset) <= OF_IMAGES * _memory(config)  # type: ignore[arg-type]
+            keep = (lambda batch: batch) if few else in_files(Path(tempfile.gettempdir()))
+        batches.append(keep(images))
     return batches
+
+
+def _memory(config: RunConfig) -> float:
+    return psutil.virtual_memory().available if config.max_memory is None else config.max_memory * 2**30
 
 
 def _size(dataset: Dataset, config: RunConfig) -> int:

@@ -5,13 +5,30 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kcrprune import processes
 from kcrprune.errors import ConfigError, ran_out_of_memory
 from kcrprune.events import Listener, Note, ignore
 
 R = TypeVar("R")
+
+
+def kept_for_gradients(model: nn.Module, image: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass of one image (1, C, H, W) until its backward pass."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept = dict[int, int]()  # of storages, which lie apart as long as the output is there
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(image)
+    del output
+    return sum(kept.values())
 
 
 @dataclass
