@@ -1,5 +1,6 @@
 """What a run is asked to do: every option once, with its meaning, its bounds and its default (no torch)."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -99,7 +100,9 @@ class RunConfig(Frozen):
     hflip: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.5, description="Share of the training images to mirror."
     )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(default=2, description="Processes that load images.")
+    workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
+        default=None, description="Processes that load images. Else half as many as there are cores, from 2 to 8."
+    )
 
     # the network
     arch: str | None = Field(default=None, description="timm name of the network, where the file does not tell.")
@@ -193,7 +196,7 @@ class RunConfig(Frozen):
     precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
     max_memory: PositiveFloat | None = Field(
         default=None,
-        description="GiB of the machine that a run may take; images and streams beyond lie in files. Else what is free.",
+        description="GiB of memory that a run may take; images and streams beyond lie in files. Else what is free.",
     )
     max_minutes: PositiveFloat | None = Field(
         default=None,
@@ -207,6 +210,11 @@ class RunConfig(Frozen):
         default=False, description="Take algorithms alone that repeat themselves to the bit on a GPU, too; slower."
     )
     dtype: Dtype = Field(default="float32", description="What the weights of the cut network are stored in.")
+
+    @property
+    def loaders(self) -> int:
+        """How many processes load images."""
+        return max(2, min(8, (os.cpu_count() or 1) // 2)) if self.workers is None else self.workers
 
     @property
     def ranked_by(self) -> Ranking:

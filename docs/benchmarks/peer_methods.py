@@ -119,7 +119,7 @@ def _compressed(task: Task, folder: Path, **settings: Any) -> Any:
         data=str(task.data),
         recover_steps=0,
         seed=config.seed,
-        workers=config.workers,
+        workers=config.loaders,
         device=config.device,
         batch_size=config.batch_size,
         **settings,

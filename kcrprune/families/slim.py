@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 EIGHT: Final = 8  # channels, 16 bytes in half precision: what a GPU's kernels load at once
 
 

@@ -162,11 +162,11 @@ def evaluate(model: Path, config: RunConfig, listener: Listener) -> Evaluation:
         split=config.val_split,
         class_map=config.class_map,
         class_names=names,
-        workers=config.workers,
+        workers=config.loaders,
     )
     if isinstance(images, Pictures) and images.source.told:
         listener(Note(images.source.told))
-    batches = in_order(images, config.batch_size, workers=config.workers, pinned=pinned)
+    batches = in_order(images, config.batch_size, workers=config.loaders, pinned=pinned)
     found = evaluate_on(predict, batches, listener=listener)
     if found.top1 is None:
         raise DataError(f"the {found.images:,} images have no labels to evaluate by; name a dataset that has some")

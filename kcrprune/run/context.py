@@ -141,7 +141,7 @@ class Context:
         share, seconds = waited / max(self.record.times[-1].seconds, 1e-9), self.record.times[-1].seconds
         if share > WAITED and seconds > LONG:
             told = f"{stage}: {100 * share:.0f} % of the time was spent waiting for images"
-            self.tell(f"{told}; more --workers may help (now {self.config.workers})", True)
+            self.tell(f"{told}; more --workers may help (now {self.config.loaders})", True)
 
     def remember(self, training: str, history: Sequence[dict[str, float]]) -> None:
         """Takes down the course of a training, step by step."""

@@ -2,8 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -30,16 +31,22 @@ def in_files(folder: Path) -> Keep:
 
     def keep(tensor: Tensor) -> Tensor:
         try:
-            with _file(folder, max(1, tensor.nbytes)) as name:
-                mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            mapped = zeros_in_file(folder, tensor.shape, tensor.dtype)
         except OSError as error:
             raise KcrPruneError(
                 f"{folder}: what is kept of the images fits neither the memory nor this disk ({error.strerror}); give "
                 "fewer --calibration-images, more --max-memory, or another disk (--out for streams, TMPDIR for images)"
             ) from error
-        return mapped.view(tensor.shape).copy_(tensor)
+        return mapped.copy_(tensor)
 
     return keep
+
+
+def zeros_in_file(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros in a file that is gone with it, which processes share that are forked; OSError without room."""
+    size = prod(shape)
+    with _file(folder, max(1, size * dtype.itemsize)) as name:
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(tuple(shape))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def divide(images: Images, config: RunConfig) -> Parts:
     rest = 1 - min(HELD_OUT, total // 5) / max(1, total)
     training, _ = split(images.train, rest, config.seed, "held out")
     plain, held_out = split(images.calibrate, rest, config.seed, "held out")
-    require_readable(len(held_out), held_out.__getitem__, config.workers)  # type: ignore[arg-type]
+    require_readable(len(held_out), held_out.__getitem__, config.loaders)  # type: ignore[arg-type]
     weights, gates = split(training, config.search_split, config.seed, "gates")
     plain = Replacing(plain, config.seed, "calibration")
     calibration = sample(plain, config.calibration_images, config.seed, "calibration")
@@ -76,11 +76,11 @@ def told_of_few(parts: Parts, config: RunConfig) -> Iterator[str]:
 
 def _drawn(dataset: Dataset, config: RunConfig, stage: str) -> Batches:
     size, pinned = _size(dataset, config), _pinned(config)
-    return Batches(dataset, size, seed=config.seed, stage=stage, workers=config.workers, pinned=pinned)
+    return Batches(dataset, size, seed=config.seed, stage=stage, workers=config.loaders, pinned=pinned)
 
 
 def _in_order(dataset: Dataset, config: RunConfig) -> DataLoader:
-    return in_order(dataset, _size(dataset, config), workers=config.workers, pinned=_pinned(config))
+    return in_order(dataset, _size(dataset, config), workers=config.loaders, pinned=_pinned(config))
 
 
 def _pinned(config: RunConfig) -> bool:

@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import numpy as np
@@ -5,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
+from kcrprune.training.images import generated
 from kcrprune.training.images.generated import GeneratedImages, one_over_f, paint_
 
 
@@ -77,3 +80,18 @@ def test_a_painted_shape_changes_its_surroundings_only():
 
 def power(image):
     return (np.abs(np.fft.fft2(image)) ** 2).mean(axis=0)
+
+
+def test_images_that_are_kept_are_made_once_by_whichever_process_asks_and_are_the_same(tmp_path, monkeypatch):
+    kept = GeneratedImages(4, (8, 8), 0, tmp_path)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    first = [image for batch in DataLoader(kept, batch_size=2, num_workers=1) for image in batch]
+    monkeypatch.setattr(generated, "generate", lambda *_: pytest.fail("made twice"))
+    assert all(torch.equal(kept[index], image) for index, image in enumerate(first))
+    monkeypatch.undo()
+    assert all(torch.equal(GeneratedImages(4, (8, 8), 0)[index], image) for index, image in enumerate(first))
+
+
+def test_images_without_room_on_the_disk_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    assert torch.equal(GeneratedImages(2, (8, 8), 0, tmp_path)[1], GeneratedImages(2, (8, 8), 0)[1])

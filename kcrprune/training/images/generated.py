@@ -7,7 +7,9 @@ varies over the image. The figures below are choices of ours.
 Letters: H height, W width, h and w those of the box around one shape.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kcrprune.surgery.kept import zeros_in_file
 from kcrprune.training.randomness import number
 
 Floats = NDArray[np.floating]
@@ -44,10 +47,19 @@ SHARES: Final = (0.55, 0.35, 0.1)
 
 
 class GeneratedImages(Dataset[Tensor]):
-    """`count` colour images (3, H, W) in 0..1; image i depends on the seed, i and the size alone."""
+    """`count` colour images (3, H, W) in 0..1, of 8 bits; image i depends on the seed, i and the size alone.
 
-    def __init__(self, count: int, size: tuple[int, int], seed: int) -> None:
+    With a folder for `kept`, each is made once, by whichever process asks first, and lies in a file there that has no
+    name any more; where the disk has no room, each is made whenever it is asked for.
+    """
+
+    def __init__(self, count: int, size: tuple[int, int], seed: int, kept: Path | None = None) -> None:
         self.count, self.size, self.seed = count, size, seed
+        self.made: tuple[Tensor, Tensor] | None = None  # (count, 3, H, W) in 0..255, and (count,) whether it is there
+        if kept is not None:
+            with suppress(OSError):
+                images = zeros_in_file(kept, (count, 3, *size), torch.uint8)
+                self.made = images, zeros_in_file(kept, (count,), torch.uint8)
 
     def __len__(self) -> int:
         return self.count
@@ -55,7 +67,17 @@ class GeneratedImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
-        return torch.from_numpy(generate(np.random.default_rng(number(self.seed, STAGE, index, "image")), self.size))
+        if self.made is None:
+            return self._generated(index).float() / 255
+        images, there = self.made
+        if not there[index]:
+            images[index] = self._generated(index)
+            there[index] = 1
+        return images[index].float() / 255
+
+    def _generated(self, index: int) -> Tensor:
+        random = np.random.default_rng(number(self.seed, STAGE, index, "image"))
+        return torch.from_numpy(np.rint(255 * generate(random, self.size)).astype(np.uint8))
 
 
 def generate(random: np.random.Generator, size: tuple[int, int]) -> Floats:

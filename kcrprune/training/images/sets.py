@@ -1,7 +1,9 @@
 """The images of a run: its training, calibration and evaluation set."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from torch import Tensor
@@ -62,7 +64,7 @@ def open_images(
     training, evaluation = _sources(config, preprocessing.input_size[0])
     for source in (training, evaluation):
         if source is not None and not config.dataset:
-            require_readable(len(source), source.probe, config.workers)
+            require_readable(len(source), source.probe, config.loaders)
     labelled = config.labels and num_classes > 0 and training.labelled
     names = None if config.class_map else class_names
     if labelled:
@@ -181,7 +183,8 @@ def _generated_images(config: RunConfig, preprocessing: Preprocessing) -> Images
     if channels not in (1, 3):
         raise DataError(f"images of {channels} channels cannot be generated; name a dataset")
     held_out = max(1, round(count * GENERATED_HELD_OUT))
-    everything = _Generated(GeneratedImages(count + held_out, (size[0], size[1]), config.seed), preprocessing)
+    images = GeneratedImages(count + held_out, (size[0], size[1]), config.seed, Path(tempfile.gettempdir()))
+    everything = _Generated(images, preprocessing)
     training = Subset(everything, range(count))
     return Images(
         train=training,
