@@ -120,7 +120,7 @@ TINY = (
 @pytest.fixture(scope="session", autouse=True)
 def painted_once() -> Iterator[None]:
     """An image is generated once a process and not once a run: 10 ms each were a sixth of the suite."""
-    paint = GeneratedImages.__getitem__
+    paint = GeneratedImages._generated
 
     @cache
     def kept(count: int, size: tuple[int, int], seed: int, index: int) -> torch.Tensor:
@@ -128,7 +128,7 @@ def painted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            GeneratedImages, "__getitem__", lambda self, index: kept(self.count, self.size, self.seed, index).clone()
+            GeneratedImages, "_generated", lambda self, index: kept(self.count, self.size, self.seed, index).clone()
         )
         yield
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kcrprune.training.images import generated
 from kcrprune.training.images.generated import GeneratedImages, one_over_f, paint_
 
 
@@ -86,7 +85,7 @@ def test_images_that_are_kept_are_made_once_by_whichever_process_asks_and_are_th
     kept = GeneratedImages(4, (8, 8), 0, tmp_path)
     assert not list(tmp_path.iterdir()), "the file has no name"
     first = [image for batch in DataLoader(kept, batch_size=2, num_workers=1) for image in batch]
-    monkeypatch.setattr(generated, "generate", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr(GeneratedImages, "_generated", lambda *_: pytest.fail("made twice"))
     assert all(torch.equal(kept[index], image) for index, image in enumerate(first))
     monkeypatch.undo()
     assert all(torch.equal(GeneratedImages(4, (8, 8), 0)[index], image) for index, image in enumerate(first))
