@@ -114,6 +114,8 @@ def _opened(model: Path | None, config: RunConfig | None, listener: Listener) ->
 
 def _beside(opened: Opened, name: str) -> Path:
     """Where something is written that nobody has named: in the model's folder, or called as its file."""
+    if opened.fetched:  # the cache is nobody's folder
+        return Path(name.replace("model", opened.fetched.title, 1))
     if not opened.path.is_file():
         return opened.path / name
     return opened.path.with_name(name.replace("model", opened.path.stem, 1))
@@ -194,7 +196,7 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
         feature_count=opened.feature_count,
         parameters=count_parameters(opened.model),
         macs=macs,
-        file_bytes=file_bytes(path),
+        file_bytes=opened.file_bytes,
         axes=axes,
         floor=floor,
         notes=opened.notes,
