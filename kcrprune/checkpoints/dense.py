@@ -9,6 +9,8 @@ from torch import nn
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
 from kcrprune.checkpoints.hub import Fetched, require_present
 from kcrprune.checkpoints.inference import Inferred, infer
+from kcrprune.checkpoints.layouts.renaming import with_norm
+from kcrprune.checkpoints.layouts.timm import REGISTERED
 from kcrprune.checkpoints.loading import check_finite, load_dense
 from kcrprune.checkpoints.locate import Located, locate
 from kcrprune.checkpoints.outputs import outputs_of_file
@@ -85,7 +87,9 @@ def open_dense(
     located = locate(contents)
     read = read_all(located.refs, contents.nbytes, path)
     check_finite(read, path)
-    tensors = located.layout.convert(read)
+    tensors, norm_notes = located.layout.convert(read), ()
+    if located.layout is not REGISTERED:
+        tensors, norm_notes = with_norm(tensors)
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
@@ -112,7 +116,7 @@ def open_dense(
         layout=f"{located.layout.name}, {contents.container}",
         notes=(
             *(*located.notes(left_out), *_called(evidence), *inferred.notes),
-            *(*size_notes, *head_notes, *output_notes),
+            *(*norm_notes, *size_notes, *head_notes, *output_notes),
         ),
         path=path,
         digest=digest(contents.files),

@@ -71,6 +71,13 @@ FormOpt = Annotated[
 FileOpt = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write it; else beside the model.")
 ]
+IntoOpt = Annotated[
+    Path | None,
+    typer.Option("--into", metavar="FILE", help="Write FILE, which the model was made of, anew with its cut tensors."),
+]
+ShapesOpt = Annotated[
+    bool, typer.Option("--keep-shapes", help="With --into: zeros where it was cut, for code that knows of no cut.")
+]
 OpsetOpt = Annotated[int, typer.Option("--opset", help="ONNX opset to write: 17 to 23; older runtimes want 17.")]
 LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]
 FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
