@@ -203,7 +203,7 @@ def test_masking_is_cutting_and_the_rules_hold(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["levit", "tiny_vit", "pvt", "maxvit", "mobilevit", "mobilevitv2", "efficientvit_msra"]
+    "name", ["levit", "tiny_vit", "pvt", "maxvit", "mobilevit", "mobilevitv2", "efficientvit_msra", "fastvit"]
 )
 def test_balance_scores_and_refit_reach_every_group(name: str):
     model, x = copy.deepcopy(network(name)), images(12, 1).double()
