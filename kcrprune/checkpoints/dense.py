@@ -9,6 +9,7 @@ from torch import nn
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
 from kcrprune.checkpoints.hub import Fetched, require_present
 from kcrprune.checkpoints.inference import Inferred, infer
+from kcrprune.checkpoints.layouts.base import Tensors
 from kcrprune.checkpoints.layouts.renaming import with_norm
 from kcrprune.checkpoints.layouts.timm import REGISTERED
 from kcrprune.checkpoints.loading import check_finite, load_dense
@@ -87,9 +88,7 @@ def open_dense(
     located = locate(contents)
     read = read_all(located.refs, contents.nbytes, path)
     check_finite(read, path)
-    tensors, norm_notes = located.layout.convert(read), ()
-    if located.layout is not REGISTERED:
-        tensors, norm_notes = with_norm(tensors)
+    tensors, norm_notes = _converted(located, read)
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
@@ -101,14 +100,13 @@ def open_dense(
     final, head_notes = with_head(sized, num_classes, path)
     new_head = bool(num_classes) and classes == 0
     model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
-    family = family_of(model)
     named = evidence.class_names is not None
     known, output_notes = outputs_of_file(
         model, outputs, final.architecture, located.layout, named=named, new_head=new_head
     )
     return Opened(
         model=model,
-        architecture=final.architecture.model_copy(update={"family": family}),
+        architecture=final.architecture.model_copy(update={"family": family_of(model)}),
         preprocessing=preprocessing_of(final, evidence, Flags(mean, std, interpolation, crop_pct)),
         plan=None,
         outputs=known,
@@ -124,6 +122,12 @@ def open_dense(
         new_head=new_head,
         foreign_names=contents.foreign_names,
     )
+
+
+def _converted(located: Located, read: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """The tensors under timm's names, and a sentence on what the file lacks."""
+    tensors = located.layout.convert(read)
+    return (tensors, ()) if located.layout is REGISTERED else with_norm(tensors)
 
 
 def require_clear(located: Located, evidence: Evidence, path: Path) -> None:

@@ -67,8 +67,8 @@ class SlimDavitChannels(OverChannels, ChannelAttention):
         return self.weigh(k * self.scale @ v.transpose(-2, -1), q)
 
 
-def _over_channels(rows: str, *others: str, per_head: tuple[Slot, ...] = ()) -> Rule:
-    rule = attention_rule(*others, rows, per_head=per_head, only=lambda attention: ("attn_value", "heads"))
+def _over_channels(rows: str, columns: str, weighed: str, *, per_head: tuple[Slot, ...] = ()) -> Rule:
+    rule = attention_rule(columns, weighed, rows, per_head=per_head, only=lambda attention: ("attn_value", "heads"))
 
     def groups(site: str, module: nn.Module) -> tuple[Group, ...]:
         query, value, heads = rule(site, module)
@@ -84,7 +84,7 @@ SLIM_CHANNELS: Final[dict[type, type[SlimAttention]]] = {
     XCA: SlimXca,
 }
 CHANNELS: Final[dict[type, Rule]] = {
-    ChannelAttention: _over_channels("qkv:1", "qkv:0", "qkv:2"),
+    ChannelAttention: _over_channels("qkv:1", "qkv:2", "qkv:0"),
     CrossCovarianceAttn: _over_channels("qkv:0", "qkv:1", "qkv:2", per_head=_TEMPERATURE),
     XCA: _over_channels("qkv:0", "qkv:1", "qkv:2", per_head=_TEMPERATURE),
 }
