@@ -11,7 +11,8 @@ KcrPruneError (1)
 |-- PlanMismatchError (7)       a plan made for another network
 |-- ExportError (8)             an exported graph that does not compute what the model does
 |-- OutputExistsError (9)       something is already there; nothing is overwritten
-`-- LostProcessError (10)       another process of the same run has ended
+|-- LostProcessError (10)       another process of the same run has ended
+`-- FetchError (11)             a name of the hub whose files cannot be fetched now
 """
 
 import re
@@ -92,6 +93,12 @@ class LostProcessError(KcrPruneError):
     """Another process of the same run has ended, or does not answer."""
 
     exit_code = 10
+
+
+class FetchError(KcrPruneError):
+    """A name of the Hugging Face hub whose files cannot be fetched now."""
+
+    exit_code = 11
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -37,8 +37,10 @@ from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block, _m
 from timm.models.vitamin import MbConvLNBlock
 from torch import nn
 
+import kcrprune
 from kcrprune.config import RunConfig
 from kcrprune.families import contract_of, forget_caches_, groups_of
+from kcrprune.graphs import export_onnx
 from kcrprune.method.cost import MacCost
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.certificate import require_certificate
@@ -203,7 +205,7 @@ def test_masking_is_cutting_and_the_rules_hold(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["levit", "tiny_vit", "pvt", "maxvit", "mobilevit", "mobilevitv2", "efficientvit_msra"]
+    "name", ["levit", "tiny_vit", "pvt", "maxvit", "mobilevit", "mobilevitv2", "efficientvit_msra", "fastvit"]
 )
 def test_balance_scores_and_refit_reach_every_group(name: str):
     model, x = copy.deepcopy(network(name)), images(12, 1).double()
@@ -274,3 +276,16 @@ def norm_means(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in model.named_buffers()
         if name.endswith("running_mean")
     }
+
+
+@pytest.mark.parametrize("name", ["mobilevit", "fastvit"])
+def test_a_run_cuts_it_and_its_graph_computes_what_it_does(name: str, tmp_path):
+    model, batches = copy.deepcopy(network(name)).float(), [images(4, seed) for seed in range(3)]
+    sizes = {"calibration_images": 8, "score_images": 8, "round_to": 2}
+    result = kcrprune.compress(model, images=batches, target_flops=0.9, recover_steps=0, device="cpu", **sizes)
+    after, dense = result.comparison.after, result.comparison.before.macs
+    assert after.macs
+    assert dense
+    assert after.macs <= 0.9 * dense
+    assert relative_error(result.model(batches[0]), model(batches[0])) > 0
+    export_onnx(result.model, tmp_path / "model.onnx", input_size=(3, SIDE, SIDE), metadata={}, batch_sizes=(1, 2))

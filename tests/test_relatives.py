@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers.attention import Attention
-from timm.models import crossvit, davit, hieradet_sam2, nest, volo
+from timm.models import crossvit, davit, edgenext, hieradet_sam2, nest, volo
 from timm.models.gcvit import WindowAttentionGlobal
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,6 +131,17 @@ RELATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "davit": (
         partial(davit.DaVit, depths=(1, 1), embed_dims=(24, 24), num_heads=(2, 2), window_size=4, num_classes=5),
         32,
+    ),
+    "edgenext": (
+        partial(
+            edgenext.EdgeNeXt,
+            dims=(12, 12, 24, 24),
+            depths=(1, 1, 2, 1),
+            global_block_counts=(0, 0, 1, 0),
+            heads=(2, 2, 2, 2),
+            num_classes=5,
+        ),
+        64,
     ),
     "windows": (partial(Windows, use_global=False), 32),
     "windows with q for all": (partial(Windows, use_global=True), 32),

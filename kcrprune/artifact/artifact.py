@@ -5,6 +5,7 @@ order; equal networks and records give equal bytes. A hash over the weights is c
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from kcrprune.atomic import taken, write_atomically
 from kcrprune.checkpoints.clues import ASKED, as_size
 from kcrprune.checkpoints.dense import Opened, open_dense
+from kcrprune.checkpoints.hub import fetched
 from kcrprune.checkpoints.loading import build_quietly, built_for_size, check_finite, check_outline, fit
 from kcrprune.checkpoints.preprocessing import Flags, overridden
 from kcrprune.checkpoints.shapes import Shapes, classes_of
@@ -143,18 +145,24 @@ def open_model(path: Path, **overrides: Any) -> Opened:
     """The network in an artifact, a run folder, or (`open_dense`) any checkpoint that somebody else wrote.
 
     `overrides` are the keywords of `open_dense`; an artifact takes those of the preprocessing,
-    `img_size` and `outputs`.
+    `img_size` and `outputs`. A name of the Hugging Face hub is fetched first (`checkpoints/hub.py`).
     """
-    path = Path(path)
     try:
-        file = path / MODEL_FILE if path.is_dir() else path
-        if file.is_file() and is_safetensors(file):
-            header = read_header(file)
-            if KEY in header.metadata:
-                return _open_artifact(file, header, overrides)
-        return open_dense(path, **overrides)
+        if found := fetched(Path(path)):
+            opened = _open(found.weights, overrides)
+            return replace(opened, fetched=found, notes=(found.note, *opened.notes))
+        return _open(Path(path), overrides)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _open(path: Path, overrides: Mapping[str, Any]) -> Opened:
+    file = path / MODEL_FILE if path.is_dir() else path
+    if file.is_file() and is_safetensors(file):
+        header = read_header(file)
+        if KEY in header.metadata:
+            return _open_artifact(file, header, overrides)
+    return open_dense(path, **overrides)
 
 
 def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> Opened:
@@ -190,6 +198,7 @@ def _open_artifact(path: Path, header: Header, overrides: Mapping[str, Any]) -> 
         notes=("architecture, plan and preprocessing: written by kcrprune, content hash verified", *notes),
         path=path,
         digest=digest([path]),
+        file_bytes=path.stat().st_size,
         record=dict(contract.record),
     )
 

@@ -1,29 +1,28 @@
 """Any dense network from a file or folder: recognised, brought to timm's names, checked."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import timm
 from torch import nn
 
 from kcrprune.checkpoints.clues import ASKED, Clues, Evidence
+from kcrprune.checkpoints.hub import Fetched, require_present
 from kcrprune.checkpoints.inference import Inferred, infer
+from kcrprune.checkpoints.layouts.base import Tensors
+from kcrprune.checkpoints.layouts.renaming import with_norm
+from kcrprune.checkpoints.layouts.timm import REGISTERED
 from kcrprune.checkpoints.loading import check_finite, load_dense
 from kcrprune.checkpoints.locate import Located, locate
 from kcrprune.checkpoints.outputs import outputs_of_file
 from kcrprune.checkpoints.preprocessing import Flags, preprocessing_of
-from kcrprune.checkpoints.registry import bare_name
 from kcrprune.checkpoints.shapes import classes_of
 from kcrprune.checkpoints.statements import stated
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import digest, read_all, shapes_of
-from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
+from kcrprune.errors import ConfigError, UnsupportedModelError
 from kcrprune.families import classifiers, family_of
 from kcrprune.plan import Architecture, ChannelPlan, Outputs, Preprocessing, as_sides, sides, size_text
-
-HUB: Final = re.compile(r"(hf-hub:)?[\w.-]+/[\w-][\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.ckpt)(?<!\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,16 @@ class Opened:
     notes: tuple[str, ...]  # how each thing is known, one sentence each
     path: Path
     digest: str  # sha256 of the file or files
+    file_bytes: int
     record: dict[str, Any] = field(default_factory=dict)  # the run that made an artifact
     new_head: bool = False  # the classifier is not the file's, and untrained
     foreign_names: tuple[str, ...] = ()  # what a pickle mentions and nobody runs
+    fetched: Fetched | None = None  # what it was opened for, where that is a name of the hub
+
+    @property
+    def source(self) -> str:
+        """What people know it by: a path, or a repository with its revision."""
+        return self.fetched.source if self.fetched else str(self.path)
 
     @property
     def class_count(self) -> int:
@@ -82,7 +88,7 @@ def open_dense(
     located = locate(contents)
     read = read_all(located.refs, contents.nbytes, path)
     check_finite(read, path)
-    tensors = located.layout.convert(read)
+    tensors, norm_notes = _converted(located, read)
     shapes = shapes_of(tensors)
     classes = classes_of(shapes)
     flags = Clues(source=ASKED, name=arch, arguments={} if num_heads is None else {"num_heads": num_heads})
@@ -94,14 +100,13 @@ def open_dense(
     final, head_notes = with_head(sized, num_classes, path)
     new_head = bool(num_classes) and classes == 0
     model, left_out = load_dense(final.architecture, tensors, path, own=inferred.architecture, new_head=new_head)
-    family = family_of(model)
     named = evidence.class_names is not None
     known, output_notes = outputs_of_file(
         model, outputs, final.architecture, located.layout, named=named, new_head=new_head
     )
     return Opened(
         model=model,
-        architecture=final.architecture.model_copy(update={"family": family}),
+        architecture=final.architecture.model_copy(update={"family": family_of(model)}),
         preprocessing=preprocessing_of(final, evidence, Flags(mean, std, interpolation, crop_pct)),
         plan=None,
         outputs=known,
@@ -109,33 +114,20 @@ def open_dense(
         layout=f"{located.layout.name}, {contents.container}",
         notes=(
             *(*located.notes(left_out), *_called(evidence), *inferred.notes),
-            *(*size_notes, *head_notes, *output_notes),
+            *(*norm_notes, *size_notes, *head_notes, *output_notes),
         ),
         path=path,
         digest=digest(contents.files),
+        file_bytes=contents.nbytes,
         new_head=new_head,
         foreign_names=contents.foreign_names,
     )
 
 
-def require_present(path: Path) -> None:
-    """CheckpointError for what is no path here, with the way to the file where it is a name of timm's or the hub's."""
-    name = str(path)
-    if path.exists():
-        return
-    if timm.is_model(bare_name(name)):
-        raise CheckpointError(
-            f"there is no file {name}, and nothing is downloaded; timm has a network of that name: "
-            f"m = timm.create_model({bare_name(name)!r}, pretrained=True), then torch.save(m.state_dict(), 'model.pth')"
-        )
-    if HUB.fullmatch(name) and not path.parent.exists():
-        folder = name.rpartition("/")[2]
-        raise CheckpointError(
-            f"there is no file {name}, and nothing is downloaded; if it is a name of the Hugging Face hub, "
-            f"`hf download {name.removeprefix('hf-hub:')} --local-dir {folder}` fetches it; then name {folder}"
-        )
-    if not path.parent.exists():
-        raise CheckpointError(f"{path} does not exist, nor does the folder {path.parent}")
+def _converted(located: Located, read: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """The tensors under timm's names, and a sentence on what the file lacks."""
+    tensors = located.layout.convert(read)
+    return (tensors, ()) if located.layout is REGISTERED else with_norm(tensors)
 
 
 def require_clear(located: Located, evidence: Evidence, path: Path) -> None:

@@ -4,7 +4,7 @@ A word stands for the first part of a name, below what the network and the tenso
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from kcrprune.containers.contents import some
@@ -26,6 +26,7 @@ BESIDE: Final = re.compile(
     r"|positional_embedding|ln_final|logit_(scale|bias)|input_resolution|context_length|vocab_size"
     r"|(bbox|class|query|level|mask)_embed(der)?|input_proj|label_enc"
 )
+HOME: Final = re.compile(r"(.*\.)?backbone\.")
 ADAPTER: Final = re.compile(r"(.*\.)?(lora_\w+|base_layer|ia3_l|modules_to_save|hada_w\w+|oft_r|dora_\w+)(\..*)?")
 
 
@@ -41,12 +42,13 @@ def needed_inside(names: Iterable[str], network: Iterable[str] = ()) -> tuple[st
     )
 
 
-def needed_beside(names: Iterable[str], prefix: str, copies: Iterable[str] = ()) -> tuple[str, ...]:
+def needed_beside(names: Sequence[str], prefix: str, copies: Iterable[str] = ()) -> tuple[str, ...]:
     """Of names that do not begin with the network's prefix, those that may not be left out, sorted.
 
     `copies` are the prefixes of other networks of the file that the chosen one is preferred to.
     """
-    others = tuple(copies)
+    home = HOME.match(prefix)  # what is called a backbone, and is the only one, is read by all around it
+    others = (*copies, *(name for name in names if home and not name.startswith(home[0]) and "backbone" not in name))
     relative = {name: _below_common(name, prefix) for name in names if not name.startswith(others)}
     needed = needed_inside(relative.values())
     return tuple(

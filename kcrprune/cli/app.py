@@ -54,6 +54,7 @@ def program(arguments: Sequence[str]) -> int:
     # Read when torch loads. Threads that spin while they wait made the demo's training steps ten times slower on two
     # cores that other programs used as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they break through ours, and through --quiet
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries' notices to developers; `python -W` brings them back
     return run(arguments)

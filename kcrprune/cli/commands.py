@@ -12,6 +12,7 @@ from kcrprune.cli.options import (
     FormatOpt,
     FormOpt,
     FreshOpt,
+    IntoOpt,
     JsonOpt,
     LatencyOpt,
     ListOpt,
@@ -22,6 +23,7 @@ from kcrprune.cli.options import (
     OutOpt,
     QuietOpt,
     RunArg,
+    ShapesOpt,
     takes_settings,
 )
 from kcrprune.config import NETWORK, load_config, origins
@@ -82,6 +84,8 @@ def export(
     form: FormOpt = "onnx",
     out: FileOpt = None,
     opset: OpsetOpt = 20,
+    into: IntoOpt = None,
+    keep_shapes: ShapesOpt = False,
     config: ConfigOpt = None,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -89,15 +93,21 @@ def export(
 ) -> None:
     """Write a model as ONNX, and check that it computes the same; or in a form for people without kcrprune.
 
+    With --into, a detector's or a segmenter's file gets its cut backbone back under its own names.
+
     ONNX Runtime and PyTorch are compared at three batch sizes; after a mismatch there is no file at the requested path.
     """
     if onnx is not None and (form != "onnx" or out is not None):
         raise ConfigError("--onnx names an ONNX file; where --format or --out is given, leave it out")
+    if into is not None and (form != "onnx" or onnx is not None):
+        raise ConfigError("--into writes the file that it names anew; leave --format and --onnx out")
     settings = load_config(file=config, flags=given)
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
-        if form == "onnx":
+        if into is not None:
+            result = pipeline.port_into(model, into, out, settings, listener, keep_shapes=keep_shapes)
+        elif form == "onnx":
             path = out or (onnx if onnx and onnx.name else None)
             result = pipeline.export(model, path, listener, config=settings, opset=opset)
         else:

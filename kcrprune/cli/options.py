@@ -29,14 +29,23 @@ IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_
 Format = Literal["table", "json", "markdown"]
 Form = Literal["onnx", "pt2", "timm"]
 
-CheckpointArg = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file with weights, or its folder.")]
+CheckpointArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A file with weights, its folder, or a name of the Hugging Face hub (timm/NAME, hf-hub:ORG/NAME).",
+    ),
+]
 FileArg = Annotated[
-    Path | None, typer.Argument(metavar="FILE", help="Anything that may hold weights; nothing in it is run.")
+    Path | None,
+    typer.Argument(metavar="FILE", help="Anything that may hold weights, or a name of the hub; nothing in it is run."),
 ]
 ListOpt = Annotated[
     bool, typer.Option("--list", help="In place of a file: which of timm's networks can be cut, and how far.")
 ]
-ModelArg = Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, a run's folder or an ONNX file.")]
+ModelArg = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A checkpoint, a name of the hub, a run's folder or an ONNX file.")
+]
 OtherArg = Annotated[Path | None, typer.Argument(metavar="OTHER", help="A second one, to compare.")]
 RunArg = Annotated[
     Path | None,
@@ -61,6 +70,13 @@ FormOpt = Annotated[
 ]
 FileOpt = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write it; else beside the model.")
+]
+IntoOpt = Annotated[
+    Path | None,
+    typer.Option("--into", metavar="FILE", help="Write FILE, which the model was made of, anew with its cut tensors."),
+]
+ShapesOpt = Annotated[
+    bool, typer.Option("--keep-shapes", help="With --into: zeros where it was cut, for code that knows of no cut.")
 ]
 OpsetOpt = Annotated[int, typer.Option("--opset", help="ONNX opset to write: 17 to 23; older runtimes want 17.")]
 LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]

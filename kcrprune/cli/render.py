@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # these modules import torch
 
 OPENED_BY = {  # how people without kcrprune open what was exported
     "pt2": "for torch.export.load(path).module()",
+    "original": "for the code of the file that it was made of",
     "timm": "for timm.create_model('local-dir:' + path, pretrained=True)",
 }
 WIDE = 10_000  # columns of a pipe or a file, where nothing needs to wrap

@@ -22,6 +22,7 @@ FOLDER_FILES: Final = (
     "open_clip_pytorch_model.bin",
 )
 CONFIGS: Final = ("config.json", "open_clip_config.json")  # beside the weights, best first
+PREPROCESSOR: Final = "preprocessor_config.json"
 SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 # beginnings of files that people mistake for checkpoints, and what to tell them
@@ -78,7 +79,7 @@ def _open_folder(folder: Path) -> Contents:
 def _with_neighbours(contents: Contents, folder: Path) -> Contents:
     """The contents with the JSON files that lie beside them."""
     config = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-    preprocessor = folder / "preprocessor_config.json"
+    preprocessor = folder / PREPROCESSOR
     return replace(
         contents,
         config=read_object(config) if config else {},

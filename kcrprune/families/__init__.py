@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM_ATTENTIONS
 from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
+from kcrprune.families.channels import CHANNELS, SLIM_CHANNELS
 from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
 from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
@@ -21,9 +22,17 @@ from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
 
-RULES: Final[dict[type | str, Rule]] = {**MLPS, **ATTENTIONS, **RELATIVES, **HYBRIDS, **CONVOLUTIONS, **FOREIGN}
+RULES: Final[dict[type | str, Rule]] = {
+    **MLPS,
+    **ATTENTIONS,
+    **RELATIVES,
+    **CHANNELS,
+    **HYBRIDS,
+    **CONVOLUTIONS,
+    **FOREIGN,
+}
 BLOCKS: Final[dict[type | str, dict[str, Branch]]] = {**LINEAR_BLOCKS, **CONVOLUTIONAL_BLOCKS, **FOREIGN_BLOCKS}
-SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES | SLIM_HYBRIDS
+SLIM: Final[dict[type, type[SlimAttention]]] = SLIM_ATTENTIONS | SLIM_RELATIVES | SLIM_CHANNELS | SLIM_HYBRIDS
 FAMILIES: Final = {  # the names that some families had before a family was a module of timm
     "vision_transformer": "vit",
     "deit": "vit",
@@ -61,7 +70,7 @@ def contract_of(model: nn.Module, image: Tensor | Feed | tuple[int, int, int]) -
         image = torch.zeros(1, *image, device=weight.device, dtype=weight.dtype)
     owners = dict.fromkeys(slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head))
     named = [name for name in owners if isinstance(owner_of(model, name), nn.Module)]
-    attentions = {group.site: group.heads for group in groups if group.axis == "attn_value"}
+    attentions = {group.site: group.heads * group.width for group in groups if group.axis == "attn_query"}
     training = model.training
     positions, pairs = observe(model.eval(), named, attentions, image)
     model.train(training)

@@ -28,5 +28,5 @@ BLOCKS: Final[dict[type, Branches]] = {
     sam.Block: _PLAIN,
     volo.Outlooker: {"mlp": Branch("norm2")},
     volo.Transformer: _PLAIN,
-    xcit.XCABlock: {"mlp": Branch("norm2", "gamma2")},
+    xcit.XCABlock: {"attn": Branch("norm1", "gamma1", "norm3"), "mlp": Branch("norm2", "gamma2")},
 }

@@ -68,6 +68,7 @@ class Group:
     behind: str | None = None  # the next norm on the stream in the block; None: the block ends with this branch
     scale: str | None = None  # LayerScale between the branch and that stream
     affine: str | None = None  # a batch norm right behind the reader
+    products: int = 1  # of attention's two, those that have the channels on a side; see `channels`
     told: str = ""  # an attribute of the branch module that holds the width
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     alone: bool = False  # the branch lies in a list of modules, which nobody calls

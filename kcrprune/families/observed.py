@@ -80,7 +80,7 @@ class Observer(TorchFunctionMode):
         self.positions: dict[str, int] = {}  # in the order of the first call
         self.pairs: dict[str, int] = {}
         self.site: str | None = None  # the attention that is running
-        self.heads = 1  # of it
+        self.channels = 1  # of its q, all heads together
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The call itself, counted."""
@@ -95,11 +95,14 @@ class Observer(TorchFunctionMode):
         return result
 
     def _count_pairs(self, func: Any, query: Tensor, key: Tensor) -> None:
-        """Rows times keys, heads apart, of the first product of an attention: (..., N, d) by (..., M, d)."""
+        """Rows times keys, heads apart, of the first product of an attention: (..., N, d) by (..., M, d).
+
+        Where attention runs over channels, that is tokens times channels of a head: (..., d, N) by (..., d, N).
+        """
         if self.site is None or query.ndim < 3:
             return
         keys = key.shape[-2] if func is F.scaled_dot_product_attention else key.shape[-1]
-        self.pairs[self.site] = self.pairs.get(self.site, 0) + query.shape[:-1].numel() // self.heads * keys
+        self.pairs[self.site] = self.pairs.get(self.site, 0) + query.numel() // self.channels * keys
         self.site = None  # the second product is that of the scores with v
 
 
@@ -109,14 +112,14 @@ def observe(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Rows that pass each owner of a weight, in the order of the forward pass, and pairs of each attention.
 
-    `attentions` says how many heads each has.
+    `attentions` says how many channels the q of each has, all heads together.
     """
     weights = {name: getattr(model.get_submodule(name), "weight", None) for name in owners}
     observer = Observer({id(weight): name for name, weight in weights.items() if isinstance(weight, Tensor)})
 
     def enter(name: str) -> Any:
         def see(module: nn.Module, inputs: Any) -> None:
-            observer.site, observer.heads = name, attentions[name]
+            observer.site, observer.channels = name, attentions[name]
 
         return see
 

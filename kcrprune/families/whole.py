@@ -16,9 +16,6 @@ OTHERS: Final = re.compile(
 
 CHANNELS: Final = "its attention runs over channels, which k and v index on both sides"
 REASONS: Final = {
-    "XCA": CHANNELS,
-    "CrossCovarianceAttn": CHANNELS,
-    "ChannelAttention": CHANNELS,
     "ChannelAttentionV2": CHANNELS,
     "FactorAttnConvRelPosEnc": "it multiplies k with v first, and a convolution whose kernel differs by head reads v",
     "CascadedGroupAttention": "each head reads what the one before has made",

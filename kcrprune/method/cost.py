@@ -121,7 +121,7 @@ def _terms(model: nn.Module, contract: Contract, site: str) -> Iterator[Term]:
                 *(_side(weight.shape[dim], sides.get((owner, dim), {}), contract) for dim in (0, 1)),
             )
     if site in contract.pairs:
-        times = {group.key: 1 for group in groups if group.axis in PER_HEAD}
+        times = {group.key: group.products for group in groups if group.axis in PER_HEAD}
         yield Term(contract.pairs[site], Side(0, times), Side(1))
 
 

@@ -5,7 +5,7 @@ from kcrprune.pipeline.compress import RunResult, compress
 from kcrprune.pipeline.demo import demo
 from kcrprune.pipeline.given import GivenResult, compress_given
 from kcrprune.pipeline.listing import Listing, listing
-from kcrprune.pipeline.verbs import Ported, evaluate, export, inspect, port, report
+from kcrprune.pipeline.verbs import Ported, evaluate, export, inspect, port, port_into, report
 
 __all__ = [
     "ExportResult",
@@ -21,5 +21,6 @@ __all__ = [
     "inspect",
     "listing",
     "port",
+    "port_into",
     "report",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from kcrprune import processes
 from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.atomic import require_room
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.events import Listener
@@ -58,15 +59,21 @@ def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult
     given = load(context)
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
     _require_alike(asked)
-    named = checkpoint.resolve()
-    stem = os.fsencode(named.name if named.is_dir() else named.stem).decode("utf-8", "replace")
-    name = f"{stem}-{config.target_flops:g}"
+    name = f"{_title(checkpoint, given['open'].opened)}-{config.target_flops:g}"
     with processes.entered_by_first(folders.taken(folders.candidates(out, name, asked, fresh=fresh))) as folder:
         if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
             return RunResult(folder, _shown(folder))
         others = {} if fresh or processes.rank() > 0 else folders.relatives(folder, asked)
         return RunResult(folder, finish(context, Store(folder / STORE, others), folder, asked, given))
+
+
+def _title(checkpoint: Path, opened: Opened) -> str:
+    """What a run's folder is called after."""
+    if opened.fetched:
+        return opened.fetched.title
+    named = checkpoint.resolve()
+    return os.fsencode(named.name if named.is_dir() else named.stem).decode("utf-8", "replace")
 
 
 def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:

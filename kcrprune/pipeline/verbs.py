@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from kcrprune.artifact.artifact import is_artifact, open_model
+from kcrprune.artifact.original import put_back
 from kcrprune.artifact.portable import save_for_timm, save_program
 from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig, load_config, network_of
@@ -34,7 +35,7 @@ class Ported:
     """A network for people without kcrprune."""
 
     path: Path
-    form: Literal["timm", "pt2"]
+    form: Literal["timm", "pt2", "original"]
     bytes: int
 
 
@@ -105,6 +106,17 @@ def port(
     return Ported(path, form, file_bytes(path))
 
 
+def port_into(
+    model: Path | None, into: Path, out: Path | None, config: RunConfig, listener: Listener, *, keep_shapes: bool
+) -> Ported:
+    """Writes the file that a model was made of anew, with the model's tensors in their places."""
+    opened = _opened(model, config, listener)
+    written = put_back(opened, into, out, _beside(opened, "model").parent, keep_shapes=keep_shapes)
+    if written.left_out:
+        listener(Note(f"left out of {into}, as no plain data or training's: {', '.join(written.left_out)}"))
+    return Ported(written.path, "original", file_bytes(written.path))
+
+
 def _opened(model: Path | None, config: RunConfig | None, listener: Listener) -> Opened:
     if model is None:
         model = newest_model(Path())
@@ -114,6 +126,8 @@ def _opened(model: Path | None, config: RunConfig | None, listener: Listener) ->
 
 def _beside(opened: Opened, name: str) -> Path:
     """Where something is written that nobody has named: in the model's folder, or called as its file."""
+    if opened.fetched:  # the cache is nobody's folder
+        return Path(name.replace("model", opened.fetched.title, 1))
     if not opened.path.is_file():
         return opened.path / name
     return opened.path.with_name(name.replace("model", opened.path.stem, 1))
@@ -196,7 +210,7 @@ def inspect(path: Path, config: RunConfig) -> Inspection:
         feature_count=opened.feature_count,
         parameters=count_parameters(opened.model),
         macs=macs,
-        file_bytes=file_bytes(path),
+        file_bytes=opened.file_bytes,
         axes=axes,
         floor=floor,
         notes=opened.notes,

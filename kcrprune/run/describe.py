@@ -53,7 +53,7 @@ def report_of(
     stated = {name: opened.record[name] for name in measured if measured[name] is None and opened.record.get(name)}
     plan = opened.plan or full_plan(opened.model, opened.architecture.name)
     return ModelReport(
-        source=str(opened.path),
+        source=opened.source,
         layout=opened.layout,
         state="dense" if opened.plan is None else "pruned",
         architecture=opened.architecture.name,
@@ -62,7 +62,7 @@ def report_of(
         outputs=opened.outputs,
         parameters=count_parameters(opened.model),
         macs=count_macs(opened.model, opened.preprocessing.input_size),
-        file_bytes=file_bytes(opened.path),
+        file_bytes=opened.file_bytes,
         blocks=block_widths(plan),
         notes=opened.notes,
         stated=tuple(stated),

@@ -22,7 +22,6 @@ from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan, Outputs, canonical_json
 from kcrprune.run.context import Context
-from kcrprune.run.describe import file_bytes
 from kcrprune.run.metrics import require_board
 from kcrprune.run.network import open_for_run, opened_groups
 from kcrprune.surgery.narrow import cut_, expand_
@@ -208,8 +207,8 @@ def _told(network: FromFile, config: RunConfig) -> Iterator[str]:
     if opened.plan is not None:
         yield f"cut on from {network.kept:.3f} of the dense MACs; 'dense network' means the one before this run"
     if teacher is not None:
-        yield f"the losses stay close to {teacher.architecture.name} in {teacher.path}"
-    if config.dtype == "float32" and file_bytes(opened.path) < 3 * count_parameters(opened.model):
+        yield f"the losses stay close to {teacher.architecture.name} in {teacher.source}"
+    if config.dtype == "float32" and opened.file_bytes < 3 * count_parameters(opened.model):
         yield "the checkpoint stores half precision and the run float32; --dtype float16 or bfloat16 keeps its size"
 
 

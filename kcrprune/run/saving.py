@@ -13,6 +13,7 @@ from torch import nn
 from kcrprune import processes
 from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
 from kcrprune.atomic import write_atomically
+from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
@@ -101,10 +102,18 @@ def _saved(
     source = {
         "command": repeating(context.checkpoint, context.config, folder),
         "images": pool.fingerprint,
-        "input": {"path": str(network.opened.path), "sha256": network.opened.digest},
+        "input": _input(network.opened),
     }
     write_results(context, cut.plan, comparison, config, told, source)
     return comparison
+
+
+def _input(opened: Opened) -> dict[str, str]:
+    """Which file a run was made of, and what it was fetched as."""
+    found = {"path": str(opened.path), "sha256": opened.digest}
+    if opened.fetched:
+        found |= {"name": opened.fetched.name, "hub": opened.fetched.repository, "revision": opened.fetched.revision}
+    return found
 
 
 def placeless(comparison: Comparison, words: Mapping[str | Path, str]) -> Comparison:

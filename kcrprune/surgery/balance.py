@@ -179,11 +179,11 @@ def _rotate_value_(model: nn.Module, group: Group, moment: Tensor) -> None:
 
 
 def scale_of(model: nn.Module, name: str) -> Tensor:
-    """The factors (D,) of a LayerScale: a module's gamma, or a bare parameter."""
+    """The factors (D,) of a LayerScale: a module's gamma, or a bare parameter; of one over images it is (D, 1, 1)."""
     owner = owner_of(model, name)
     gamma = owner if isinstance(owner, Tensor) else owner.gamma
     assert isinstance(gamma, Tensor), name
-    return gamma
+    return gamma.flatten()
 
 
 def _rotate_rows_(model: nn.Module, group: Group, slot: Slot, rotation: Tensor) -> None:

@@ -158,6 +158,8 @@ FOREIGN = (
             {"arch": "vit_base_patch32_clip_quickgelu_224", "num_heads": 4}),
     Foreign("mmpretrain ViT", ways.timm_vit("deit3_small_patch16_224"), ways.torch_file(ways.mmpretrain_vit),
             "mmpretrain ViT", options=TWO),
+    Foreign("mmseg ViT", ways.timm_vit(final_norm=False), ways.torch_file(ways.mmseg_vit), "mmseg ViT", timm_features,
+            TWO),
     Foreign("mmpretrain Swin", ways.timm_swin(), ways.torch_file(ways.openmmlab_swin()), "OpenMMLab Swin"),
     Foreign("mmdet Swin", ways.timm_swin(), ways.torch_file(ways.openmmlab_swin(norms=True)), "OpenMMLab Swin",
             timm_features),

@@ -9,6 +9,7 @@ from kcrprune.checkpoints.leftovers import needed_beside, needed_inside
 from kcrprune.errors import CheckpointError
 from kcrprune.plan import Preprocessing
 from tests.checkpoints import ways
+from tests.checkpoints.foreign import timm_features
 
 ONE = torch.zeros(1)
 
@@ -55,6 +56,18 @@ def test_the_position_table_of_a_swin_is_not_left_out(tmp_path, swin):
         opened(tmp_path, {"model": official})
 
 
+def test_a_swin_that_is_stored_without_its_last_norm_gets_one(tmp_path):
+    model = ways.timm_swin()().eval()  # whose norm has weights 1 still
+    official = ways.official_swin(dict(model.state_dict()))["model"]
+    official = {name: value for name, value in official.items() if not name.startswith("head.")}
+    weights = {f"backbone.bottom_up.{name}": value for name, value in official.items() if not name.startswith("norm.")}
+    beside = {"backbone.bottom_up.norm0.weight": torch.ones(16), "backbone.fpn_lateral2.bias": ONE, "pixel_mean": ONE}
+    found = opened(tmp_path, {"model": weights | beside})
+    assert any("no norm behind the last block" in note for note in found.notes)
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(found.model(images), timm_features(model, images))
+
+
 def test_what_is_no_part_of_the_network_is_left_out_and_named(tmp_path, vit):
     inside = vit | {"mask_token": ONE, "blocks.0.attn.total_ops": ONE}
     weights = {f"net.{name}": value for name, value in inside.items()} | {"criterion.weight": ONE, "fc.bias": ONE}
@@ -80,6 +93,10 @@ def test_what_lies_beside_the_network_may_belong_to_it(tmp_path, vit):
         ("model.text_model.embeddings.weight", "model.vision_model.", False),
         ("model.prompt_learner.ctx", "model.vision_model.", True),
         ("net2.blocks.0.attn.qkv.weight", "net1.", True),  # which of two networks is meant, nobody says
+        ("proposal_generator.rpn.conv.weight", "backbone.bottom_up.", False),  # of a detector, which reads a backbone
+        ("pixel_mean", "backbone.bottom_up.", False),
+        ("backbone.prompt_tokens", "backbone.bottom_up.", True),
+        ("b.backbone.blocks.0.attn.qkv.weight", "a.backbone.", True),
         ("criterion", "", False),
         ("absolute_pos_embed", "", True),
     ],

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from kcrprune.checkpoints.dense import open_dense
+from kcrprune.checkpoints.layouts.refused import REFUSED
 from kcrprune.checkpoints.networks import networks
 from kcrprune.checkpoints.signatures import is_registered
 from kcrprune.cli import commands
@@ -46,6 +47,16 @@ def test_every_name_is_cut_or_refused_with_a_reason():
         assert bool(network.axes) != bool(network.refused)
         assert (network.floor is not None) == bool(network.axes)
         assert is_registered(network.name) or network.refused
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
+def test_what_shapes_do_not_tell_can_be_cut_where_the_sentence_says_so(refused):
+    if refused.like:
+        assert TABLE[refused.like].axes
+        assert refused.like in refused.sentence()
+    else:
+        assert refused.name == "ResNet"
+        assert TABLE["resnet50"].refused
 
 
 def test_the_readme_counts_what_the_table_does():

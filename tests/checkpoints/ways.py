@@ -283,6 +283,15 @@ def mmpretrain_vit(state: State) -> dict[str, Any]:
     return {"meta": {"epoch": 1}, "state_dict": prefixed("backbone.")(named) | head}
 
 
+def mmseg_vit(state: State) -> dict[str, Any]:
+    """The ViT of mmseg, which has no last norm, inside a segmenter."""
+    own = {name: value for name, value in state.items() if not name.startswith("head.")}
+    blocks = {".norm1.": ".ln1.", ".norm2.": ".ln2.", "blocks.": "layers.", "attn.qkv.": "attn.attn.in_proj_"}
+    named = _in_words_of(own, MM | {"attn.proj.": "attn.attn.out_proj."} | blocks)
+    beside = {"decode_head.conv_seg.weight": torch.zeros(2, 3), "auxiliary_head.0.conv_seg.bias": torch.zeros(2)}
+    return {"meta": {"CLASSES": ("a", "b")}, "state_dict": prefixed("backbone.")(named) | beside}
+
+
 def openmmlab_swin(*, norms: bool = False) -> Callable[[State], dict[str, Any]]:
     """The Swin of mmpretrain, or of mmdet with a norm behind each stage; patch merging as its converter writes it."""
 

@@ -58,10 +58,10 @@ def test_a_distributed_checkpoint_is_to_be_joined(tmp_path):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("vit_tiny_patch16_224", r"timm.create_model\('vit_tiny_patch16_224', pretrained=True\)"),
-        ("resnet50.a1_in1k", r"timm.create_model\('resnet50'"),
-        ("google/vit-base-patch16-224", r"hf download google/vit-base-patch16-224 --local-dir vit-base-patch16-224"),
-        ("hf-hub:laion/CLIP-ViT-B", "hf download laion/CLIP-ViT-B --local-dir CLIP-ViT-B"),
+        ("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224 fetches"),
+        ("resnet50.a1_in1k", "timm/resnet50.a1_in1k fetches"),
+        ("google/vit-base-patch16-224", "hf-hub:google/vit-base-patch16-224 fetches"),
+        ("hf-hub:CLIP-ViT-B", r"hf-hub:ORG/NAME\[@REVISION\]"),
         ("models/vit.pth", "does not exist, nor does the folder models"),
         ("vit.pth", "vit.pth does not exist"),
     ],

@@ -33,5 +33,6 @@ LAYOUTS: Final[tuple[Layout, ...]] = (
     clip.OPENAI,
     clip.OPEN_CLIP,
     openmmlab.VIT,
+    openmmlab.MMSEG_VIT,
     openmmlab.SWIN,
 )

@@ -1,4 +1,4 @@
-"""OpenMMLab: ViT and Swin of mmpretrain (before: mmcls), the Swin of mmdet and mmseg."""
+"""OpenMMLab: ViT and Swin of mmpretrain (before: mmcls), the ViT of mmseg, the Swin of mmdet and mmseg."""
 
 import re
 from typing import Final
@@ -28,6 +28,8 @@ VIT_RULES: Final = (
     (r"^pre_norm\.", "norm_pre."),
     (r"^layers\.(\d+)\.", r"blocks.\1."),
     (r"\.ln(\d)\.", r".norm\1."),
+    (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
     (r"\.(attn|ffn)\.gamma(\d)\.weight$", r".ls\2.gamma"),
 )
 SWIN_RULES: Final = (*BLOCK_RULES, (r"^stages\.", "layers."), (r"\.attn\.w_msa\.", ".attn."))
@@ -36,6 +38,10 @@ TURNED: Final = [0, 2, 1, 3]  # the neighbours of a patch by rows, where Swin's 
 
 def _is_vit(shapes: Shapes) -> bool:
     return "layers.0.attn.qkv.weight" in shapes and "layers.0.ffn.layers.0.0.weight" in shapes
+
+
+def _is_mmseg_vit(shapes: Shapes) -> bool:
+    return "layers.0.attn.attn.in_proj_weight" in shapes and "layers.0.ffn.layers.0.0.weight" in shapes
 
 
 def _is_swin(shapes: Shapes) -> bool:
@@ -59,4 +65,5 @@ def _merged(name: str, value: Tensor) -> Tensor:
 
 
 VIT = Layout("mmpretrain ViT", PATCH, _is_vit, _vit, outside=HEADS)
+MMSEG_VIT = Layout("mmseg ViT", PATCH, _is_mmseg_vit, _vit)
 SWIN = Layout("OpenMMLab Swin", PATCH, _is_swin, _swin, outside=HEADS[-2:])

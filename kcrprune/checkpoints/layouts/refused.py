@@ -11,20 +11,25 @@ from kcrprune.checkpoints.layouts.base import Shapes
 
 @dataclass(frozen=True)
 class Refused:
-    """A network that is recognised by a part of its tensors' names, and why it cannot be cut."""
+    """A network that is recognised by a part of its tensors' names, and why its sizes cannot be told from shapes.
+
+    `like` is one of timm's, which can be cut: in timm's names and sizes such a network opens. Where there is none, no
+    part of it has a rule.
+    """
 
     name: str
     matches: Callable[[Shapes], bool]
     reason: str
-    registered: bool = False  # it opens under timm's names in the sizes that timm registers
+    like: str = ""
 
     def sentence(self) -> str:
         """What a file of this kind is answered with."""
-        if self.registered:
-            return (
-                f"a {self.name}, which opens under timm's names and in sizes that timm registers alone: {self.reason}"
-            )
-        return f"a {self.name}, which cannot be cut: {self.reason}"
+        if not self.like:
+            return f"a {self.name}, which cannot be cut: {self.reason}"
+        return (
+            f"a {self.name}, which opens under timm's names and in sizes that timm registers alone, as {self.like}: "
+            f"{self.reason}"
+        )
 
 
 def _part(*parts: str) -> Callable[[Shapes], bool]:
@@ -56,53 +61,103 @@ REFUSED: Final = (
         "SwinV2",
         _part("attn.logit_scale", "cpb_mlp"),
         "its attention is a cosine with a learned scale and its norms follow the residual branch",
-        registered=True,
+        "swinv2_tiny_window8_256",
     ),
     Refused(
         "SwinV2 of Hugging Face",
         _part("continuous_position_bias_mlp"),
         "its attention is a cosine with a learned scale and its norms follow the residual branch",
+        "swinv2_tiny_window8_256",
     ),
     Refused(
         "BEiT of Hugging Face",
         _part("relative_position_bias_table", "lambda_1"),
         "its key has no bias and its attention adds relative positions",
+        "beit_base_patch16_224",
     ),
     Refused(
-        "ViT with SwiGLU (EVA-02, AIMv2)", _part("mlp.fc1_g", "mlp.fc1_x"), "its MLP is gated (SwiGLU)", registered=True
+        "ViT with SwiGLU (EVA-02, AIMv2)",
+        _part("mlp.fc1_g", "mlp.fc1_x"),
+        "its MLP is gated (SwiGLU)",
+        "eva02_base_patch14_224",
     ),
-    Refused("ViT with SwiGLU (EVA-02)", _part("mlp.w1.", "mlp.w2.", "mlp.w3."), "its MLP is gated (SwiGLU)"),
+    Refused(
+        "ViT with SwiGLU (EVA-02)",
+        _part("mlp.w1.", "mlp.w2.", "mlp.w3."),
+        "its MLP is gated (SwiGLU)",
+        "eva02_base_patch14_224",
+    ),
     Refused(
         "BEiT or EVA",
         _part("attn.q_bias", "attn.v_bias"),
         "its biases of q and v are parameters of their own, and its positions are relative or rotary",
-        registered=True,
+        "beit_base_patch16_224",
     ),
-    Refused("ViT with SwiGLU", _part("mlp.w12.", "mlp.w3."), "its MLP is gated (SwiGLU)", registered=True),
+    Refused("ViT with SwiGLU", _part("mlp.w12.", "mlp.w3."), "its MLP is gated (SwiGLU)", "vit_giant_patch14_dinov2"),
     Refused(
-        "DINOv2 of Hugging Face with SwiGLU", _part("mlp.weights_in.", "mlp.weights_out."), "its MLP is gated (SwiGLU)"
+        "DINOv2 of Hugging Face with SwiGLU",
+        _part("mlp.weights_in.", "mlp.weights_out."),
+        "its MLP is gated (SwiGLU)",
+        "vit_giant_patch14_dinov2",
     ),
-    Refused("ViT with rotary positions", _rotary, "its positions are rotary", registered=True),
-    Refused("DINOv3", _part("rope_embed.", "storage_tokens"), "its positions are rotary", registered=True),
+    Refused("ViT with rotary positions", _rotary, "its positions are rotary", "vit_small_patch16_rope_224"),
+    Refused("DINOv3", _part("rope_embed.", "storage_tokens"), "its positions are rotary", "vit_small_patch16_dinov3"),
     Refused(
-        "ViT with parallel branches", _part("blocks.0.attns.0.", "blocks.0.ffns.0."), "its block has parallel branches"
+        "ViT with parallel branches",
+        _part("blocks.0.attns.0.", "blocks.0.ffns.0."),
+        "its block has parallel branches",
+        "vit_small_patch16_18x2_224",
     ),
-    Refused("ViT with relative positions", _part("rel_pos"), "its attention adds relative positions"),
-    Refused("NaFlexViT", _part("embeds.pos_embed"), "its images have any size and any number of tokens"),
-    Refused("SigLIP 2 of any size (NaFlex)", _naflex, "its images have any size and any number of tokens"),
-    Refused("Hiera", _hierarchical, "its width grows from block to block"),
     Refused(
-        "hybrid ViT", _part("patch_embed.backbone."), "its patches come from a convolutional network", registered=True
+        "ViT with relative positions",
+        _part("rel_pos"),
+        "its attention adds relative positions",
+        "vit_relpos_small_patch16_224",
     ),
-    Refused("CaiT", _part("blocks_token_only.0."), "its last blocks attend from the class token alone"),
-    Refused("XCiT", _part("blocks.0.local_mp."), "its attention runs over channels"),
-    Refused("ConvNeXt", _part("stages.0.blocks.0.conv_dw."), "it is a convolutional network"),
-    Refused("ConvNeXt of its authors", _part("stages.0.0.dwconv."), "it is a convolutional network"),
-    Refused("ConvNeXt of torchvision", _part("features.1.0.layer_scale"), "it is a convolutional network"),
     Refused(
-        "MaxViT", _part("stages.0.blocks.0.attn_block."), "its blocks mix convolutions with window and grid attention"
+        "NaFlexViT",
+        _part("embeds.pos_embed"),
+        "its images have any size and any number of tokens",
+        "naflexvit_base_patch16_gap",
     ),
-    Refused("PVT", _part("attn.sr."), "its attention shrinks the keys"),
-    Refused("ResNet", _part("layer1.0.conv1.", "layer4.0.conv1."), "it is a convolutional network"),
-    Refused("EfficientNet or MobileNet", _part("blocks.0.0.conv_pw", "conv_stem."), "it is a convolutional network"),
+    Refused(
+        "SigLIP 2 of any size (NaFlex)",
+        _naflex,
+        "its images have any size and any number of tokens",
+        "naflexvit_base_patch16_siglip",
+    ),
+    Refused("Hiera", _hierarchical, "its width grows from block to block", "hiera_tiny_224"),
+    Refused(
+        "hybrid ViT",
+        _part("patch_embed.backbone."),
+        "its patches come from a convolutional network",
+        "vit_small_resnet26d_224",
+    ),
+    Refused(
+        "CaiT", _part("blocks_token_only.0."), "its last blocks attend from the class token alone", "cait_xxs24_224"
+    ),
+    Refused("XCiT", _part("blocks.0.local_mp."), "its attention runs over channels", "xcit_nano_12_p16_224"),
+    Refused("ConvNeXt", _part("stages.0.blocks.0.conv_dw."), "it is a convolutional network", "convnext_tiny"),
+    Refused("ConvNeXt of its authors", _part("stages.0.0.dwconv."), "it is a convolutional network", "convnext_tiny"),
+    Refused(
+        "ConvNeXt of torchvision", _part("features.1.0.layer_scale"), "it is a convolutional network", "convnext_tiny"
+    ),
+    Refused(
+        "MaxViT",
+        _part("stages.0.blocks.0.attn_block."),
+        "its blocks mix convolutions with window and grid attention",
+        "maxvit_tiny_tf_224",
+    ),
+    Refused("PVT", _part("attn.sr."), "its attention shrinks the keys", "pvt_v2_b0"),
+    Refused(
+        "ResNet",
+        _part("layer1.0.conv1.", "layer4.0.conv1."),
+        "it is a convolutional network of which no part has a rule",
+    ),
+    Refused(
+        "EfficientNet or MobileNet",
+        _part("blocks.0.0.conv_pw", "conv_stem."),
+        "it is a convolutional network",
+        "efficientnet_b0",
+    ),
 )

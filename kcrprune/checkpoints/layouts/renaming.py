@@ -51,4 +51,21 @@ def last_norm(tensors: Tensors) -> Tensors:
     if "norm.weight" in tensors or not behind:
         return tensors
     last = max(behind, key=lambda match: int(match[2]))[0].removesuffix(".weight")
+    if tensors[f"{last}.weight"].shape != _last_width(tensors):  # the last stage is not handed out
+        return tensors
     return rename(tensors, ((rf"^{re.escape(last)}\.", "norm."),))
+
+
+def with_norm(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """A Swin without a norm behind its last block, as some backbones are stored, with one; and a sentence on that."""
+    width = _last_width(tensors)
+    if width is None or "norm.weight" in tensors:
+        return tensors, ()
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return tensors | norm, ("no norm behind the last block in the file: one with weights 1 stands there",)
+
+
+def _last_width(tensors: Tensors) -> torch.Size | None:
+    """Of a Swin under timm's names the width of the last stage, as a shape; None for other networks."""
+    found = [name for name in tensors if re.fullmatch(r"layers\.\d\.blocks\.0\.norm2\.weight", name)]
+    return tensors[max(found)].shape if found else None
