@@ -123,6 +123,9 @@ class Bench:
         if macs > task.limit:
             raise NotReachedError(f"it leaves {macs:,} MACs, above {task.limit:,}")
         yield {"top1_before": 100 * float(self.hits(pruned.model).float().mean())}
+        if self.protocol.steps == 0:  # the cut alone
+            yield self._compared(pruned.model)
+            return
         rates = self.protocol.scratch_rates if method == "scratch" else self.protocol.rates
         model, best, recoveries = self._recovered(pruned.model, rates)
         yield {"recoveries": recoveries, "rate": best.rate, "recover_seconds": best.seconds}

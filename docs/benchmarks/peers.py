@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--targets", nargs="+", type=float, default=(0.7, 0.5, 0.35))
     found.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     found.add_argument("--seed", type=int, default=42)
-    found.add_argument("--steps", type=int, default=60, help="of recovery")
+    found.add_argument("--steps", type=int, default=60, help="of recovery; 0: the cut networks alone, without time")
     found.add_argument("--batch-size", type=int, default=32)
     found.add_argument("--rates", nargs="+", type=float, default=(2e-5, 2e-4), help="of recovery, each tried")
     found.add_argument("--scratch-rates", nargs="+", type=float, default=(3e-4, 1e-3), help="the same for scratch")
