@@ -37,9 +37,11 @@ def scripts(monkeypatch):
         "moves",
         "order",
         "passes",
+        "peer_closed_form",
         "peer_methods",
         "peer_row",
         "peer_table",
+        "peer_tokens",
         "peers",
         "pictures",
         "progressive",
@@ -134,7 +136,7 @@ def test_a_failed_row_stands_in_the_table_with_its_reason():
     text = to_markdown(rows, {"machine": "this one"})
     deit, swin = text.split("## swin")
     assert "| 0.5 | ours | 0.4900 | - | - | 78.00 % | -0.50 ± 0.25 |" in deit
-    assert f"| 0.5 | theirs |{' - |' * 11} ValueError: a \\| b |" in deit
+    assert f"| 0.5 | theirs |{' - |' * 12} ValueError: a \\| b |" in deit
     assert "| not reached |" in swin
     assert "- machine: this one" in swin
 
@@ -256,9 +258,10 @@ def test_an_exchange_gives_the_weakest_kept_for_the_strongest_dropped():
 
 def test_rows_share_one_protocol_and_a_peer_that_is_missing_has_one(bench, monkeypatch):
     import peer_methods  # type: ignore[import-not-found]
+    import peer_row  # type: ignore[import-not-found]
     import peers  # type: ignore[import-not-found]
 
-    assert tuple(peer_methods.METHODS) == peers.METHODS
+    assert tuple(peer_row.METHODS) == peers.METHODS
     dense = bench.row("tiny", 1.0, "dense")
     assert dense.failure is None
     known = len(bench.dense.known)

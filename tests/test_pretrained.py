@@ -109,8 +109,8 @@ def test_a_piece_that_is_missing_costs_its_rows_alone(pack, tmp_path):
     options = pretrained.parser().parse_args(words)
     options.run(options)
     rows = json.loads((tmp_path / "out" / "pretrained.json").read_text())["rows"]
-    assert rows["clip:0.7"]["failure"].startswith("clip: 0 of ")
-    assert "| clip:0.7 | clip: 0 of" in (tmp_path / "out" / "pretrained.md").read_text()
+    assert rows["clip:0.7"]["failure"].startswith("MissingError: clip: 0 of ")
+    assert "| clip:0.7 | MissingError: clip: 0 of" in (tmp_path / "out" / "pretrained.md").read_text()
 
 
 def test_a_row_of_another_protocol_is_measured_again(tmp_path):

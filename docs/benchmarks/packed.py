@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 CONTENTS: Final = "contents.json"
 SIDE: Final = 32  # of an image
 COLUMNS: Final = 100  # images in a row of the picture that holds them
-PARTS: Final = ("train", "validation")
+PARTS: Final[tuple[str, str]] = ("train", "validation")
 
 
 class MissingError(Exception):

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ GRADIENT_BATCHES = 16  # batches of training images whose gradients Taylor score
 PROBE_BATCHES = 4  # batches that FastNAS scores each of its hundreds of candidates on
 BISECTIONS = 10  # attempts at the ratio that meets a target; the last ones differ by a thousandth
 LARGEST_RATIO = 0.95
+
+
+Found = TypeVar("Found")
 
 
 class NotReachedError(Exception):
@@ -95,7 +98,7 @@ Method = Callable[[Task], Pruned]
 def ours(task: Task, **settings: Any) -> Pruned:
     """What kcrprune makes with some settings, without its recovery."""
     with TemporaryDirectory() as folder:
-        result = _compressed(task, Path(folder), **settings)
+        result = compressed(task, Path(folder), **settings)
         seconds = sum(stage.seconds for stage in result.comparison.stages if stage.stage not in NOT_PRUNING)
         return Pruned(kcrprune.load(result.folder), seconds)
 
@@ -103,14 +106,15 @@ def ours(task: Task, **settings: Any) -> Pruned:
 def scratch(task: Task) -> Pruned:
     """The network that kcrprune plans by its Fisher scores, with fresh weights."""
     with TemporaryDirectory() as folder:
-        result = _compressed(task, Path(folder), search_steps=0, refit=False)
+        result = compressed(task, Path(folder), search_steps=0, refit=False)
         plan = open_model(result.folder).plan
     assert plan is not None, "a run's network has a plan"
     torch.manual_seed(task.run.context.config.seed)
     return Pruned(cut_(build(task.run.network.opened.architecture), plan).eval(), 0.0)
 
 
-def _compressed(task: Task, folder: Path, **settings: Any) -> Any:
+def compressed(task: Task, folder: Path, **settings: Any) -> Any:
+    """A run with some settings and no recovery, in a folder."""
     config = task.run.context.config
     return kcrprune.compress(
         task.checkpoint,
@@ -224,8 +228,8 @@ def _merge_rule(tp: Any) -> dict[type, Any]:
     return {PatchMerging: Rule()}
 
 
-def largest_within(cut: Callable[[float], nn.Module], macs: Callable[[nn.Module], int], limit: int) -> nn.Module:
-    """The largest network of at most `limit` MACs that `cut` gives for some ratio, found by bisection.
+def largest_within(cut: Callable[[float], Found], macs: Callable[[Found], int], limit: int) -> Found:
+    """The largest network, or plan of one, of at most `limit` MACs that `cut` gives for some ratio, found by bisection.
 
     A ratio that `cut` fails at counts as too large. Where no ratio will do, its error is raised, or NotReachedError.
     """

@@ -12,8 +12,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import peer_closed_form
+import peer_methods
+import peer_tokens
 import torch
-from peer_methods import METHODS, Loaded, NotReachedError, Task
+from peer_methods import Loaded, NotReachedError, Task
 from peer_table import DENSE, Protocol, Recovery, Row
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from kcrprune.training.recover import recover_
 BYTES = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 ROUNDS = 5  # of timing; the median of the rounds counts
 Figures = dict[str, Any]
+METHODS = peer_methods.METHODS | peer_closed_form.METHODS | peer_tokens.METHODS
 
 
 class Recalled:
@@ -113,17 +117,29 @@ class Bench:
     def _pruned(self, task: Task, method: str) -> Iterator[Figures]:
         pruned = METHODS[method](task)
         yield {"prune_seconds": pruned.seconds, "prune_peak_mb": peak_mb()}
+        yield {"prune_passes": pruned.seconds / self._pass_seconds()}
         macs = task.macs(pruned.model)
         yield {"macs": macs, "parameters": count_parameters(pruned.model)}
         if macs > task.limit:
             raise NotReachedError(f"it leaves {macs:,} MACs, above {task.limit:,}")
         yield {"top1_before": 100 * float(self.hits(pruned.model).float().mean())}
+        if self.protocol.steps == 0:  # the cut alone
+            yield self._compared(pruned.model)
+            return
         rates = self.protocol.scratch_rates if method == "scratch" else self.protocol.rates
         model, best, recoveries = self._recovered(pruned.model, rates)
         yield {"recoveries": recoveries, "rate": best.rate, "recover_seconds": best.seconds}
         yield self._compared(model)
         dense, own = self._latencies(self.folder / f"{DENSE}.onnx", self._exported(model, f"{method}-{task.target:g}"))
         yield {"latency_dense_ms": dense, "latency_ms": own}
+
+    @torch.no_grad()
+    def _pass_seconds(self) -> float:
+        """Of one pass of the dense network over the calibration images."""
+        start = perf_counter()
+        for images in self.run.pool.parts.calibration:
+            self.run.network.dense(images)
+        return perf_counter() - start
 
     @torch.no_grad()
     def hits(self, network: Callable[[Tensor], Tensor]) -> Tensor:

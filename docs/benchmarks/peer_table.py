@@ -12,7 +12,7 @@ from kcrprune.measure.tables import ABSENT, Table, duration, markdown
 DENSE = "dense"
 HEADINGS = (
     "target", "method", "MACs", "parameters", "top-1 before", "top-1 after", "to dense", "rate",
-    "latency", "latency dense", "pruning", "recovery", "memory", "remark",
+    "latency", "latency dense", "pruning", "passes", "recovery", "memory", "remark",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Row:
     latency_ms: float | None = None
     latency_dense_ms: float | None = None
     prune_seconds: float | None = None
+    prune_passes: float | None = None  # the same time in passes of the dense network over the calibration images
     recover_seconds: float | None = None  # of the kept rate
     prune_peak_mb: float | None = None  # loading included
     peak_mb: float | None = None
@@ -97,6 +98,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _shown("{:.2f} ms", row.latency_ms),
         _shown("{:.2f} ms", row.latency_dense_ms),
         ABSENT if row.prune_seconds is None else duration(row.prune_seconds),
+        _shown("{:.1f}", row.prune_passes),
         ABSENT if row.recover_seconds is None else duration(row.recover_seconds),
         _shown("{:,.0f} MB", row.peak_mb),
         row.failure or "",

@@ -36,7 +36,7 @@ from kcrprune.atomic import write_atomically
 
 METHODS = (
     "kcrprune-no-train", "kcrprune-search", "magnitude", "random", "tp-uniform-l2", "tp-bottleneck-l2",
-    "tp-bottleneck-taylor", "tp-isomorphic-taylor", "modelopt-fastnas", "scratch",
+    "tp-bottleneck-taylor", "tp-isomorphic-taylor", "modelopt-fastnas", "scratch", "vbp", "grail", "corp", "tome",
 )  # fmt: skip
 NETWORKS = ("vit", "deit", "swin", "tiny_vit")
 LIBRARIES = ("torch-pruning", "nvidia-modelopt")
@@ -45,6 +45,7 @@ EXPLAINED = {
     "recovery": "one training at the kept rate; the dense network's logits were at hand",
     "pruning": "everything before recovery, the search of a ratio included; kcrprune-search trains its gates for 60 "
     "steps on frozen weights, kcrprune-no-train (the default before its recovery) trains nothing",
+    "passes": "the time of pruning in passes of the dense network over the 1,024 calibration images",
     "to dense": "paired difference on the same test images, in points, and its standard error",
     "memory": "largest resident memory of the row's process",
 }
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--targets", nargs="+", type=float, default=(0.7, 0.5, 0.35))
     found.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     found.add_argument("--seed", type=int, default=42)
-    found.add_argument("--steps", type=int, default=60, help="of recovery")
+    found.add_argument("--steps", type=int, default=60, help="of recovery; 0: the cut networks alone, without time")
     found.add_argument("--batch-size", type=int, default=32)
     found.add_argument("--rates", nargs="+", type=float, default=(2e-5, 2e-4), help="of recovery, each tried")
     found.add_argument("--scratch-rates", nargs="+", type=float, default=(3e-4, 1e-3), help="the same for scratch")

@@ -149,15 +149,14 @@ class Bench:
         """All figures of a network at a target."""
         start = time.perf_counter()
         dense = self.dense(name)
-        looked, start = time.perf_counter() - start, time.perf_counter()
+        looked = time.perf_counter() - start
         run = self.compressed(name, target)
-        seconds = time.perf_counter() - start
         model = kcrprune.load(run.folder)
         pruned = self.embeddings(model, name)
         times = {stage.stage: [stage.seconds, stage.algebra_seconds, stage.passes] for stage in run.comparison.stages}
         return {
-            "MACs": run.comparison.pruned.macs / run.comparison.dense.macs,
-            "seconds": seconds,
+            "MACs": run.comparison.after.macs / run.comparison.before.macs,
+            "seconds": sum(stage.seconds for stage in run.comparison.stages),
             "seconds of dense embeddings": looked,
             "seconds, of algebra, and passes of each stage": times,
             "nearness": nearness(pruned["validation"], dense["validation"], dense["train"].mean(0)),
@@ -227,8 +226,9 @@ def measure(options: argparse.Namespace) -> None:
             try:
                 path = options.out / "rows" / f"{name}-{target}.json"
                 rows[asked] = once(path, protocol, lambda: bench.row(name, float(target)))  # noqa: B023
-            except packed.MissingError as error:
-                rows[asked] = {"failure": str(error)}
+            except Exception as error:  # of any kind: the other rows are still to come
+                log.exception("%s failed", asked)
+                rows[asked] = {"failure": f"{type(error).__name__}: {error}"}
             tell(options, rows)
     except TimeIsUpError:
         log.info("the limit has passed; %d rows are whole", len(rows))
