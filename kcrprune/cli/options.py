@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import RunConfig, Share
+from kcrprune.config import Provider, RunConfig, Share
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
@@ -63,7 +63,17 @@ FileOpt = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write it; else beside the model.")
 ]
 OpsetOpt = Annotated[int, typer.Option("--opset", help="ONNX opset to write: 17 to 23; older runtimes want 17.")]
-LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]
+BenchOpt = Annotated[bool, typer.Option("--bench", help="Measure times, too, of two models in turn.")]
+ProviderOpt = Annotated[
+    Provider,
+    typer.Option(
+        "--provider", help="Where: PyTorch on cpu or cuda (ONNX files: ONNX Runtime); onnx-: all exported first."
+    ),
+]
+BatchOpt = Annotated[str, typer.Option("--batch", metavar="A,B,...", help="Images at once, one table row each.")]
+ThreadsOpt = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="Threads of the CPU; else what PyTorch takes.")
+]
 FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
