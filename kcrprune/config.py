@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from kcrprune.errors import ConfigError
-from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
+from kcrprune.plan import AXES, ROUND_TO, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
 
 MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what their indices hold
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
@@ -38,6 +38,17 @@ def _as_share(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
+
+
+def _as_widths(value: Any) -> Any:
+    """Widths by axis where the text names axes; anything else as it is."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    return {axis.strip(): width.strip() for axis, _, width in pairs}
+
+
+RoundTo = Annotated[PositiveInt | dict[Axis, PositiveInt], BeforeValidator(_as_widths)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
@@ -80,7 +91,10 @@ class RunConfig(Frozen):
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
         description="Axes that may be cut: " + ", ".join(AXES) + ".",
     )
-    round_to: PositiveInt = Field(default=8, description="Kept widths are multiples of this.")
+    round_to: RoundTo = Field(
+        default=ROUND_TO,
+        description="Kept widths are multiples of this; or axis by axis, as mlp_hidden=64,attn_value=16, else of 8.",
+    )
     min_width: Share = Field(default=0.05, description="Smallest share of an axis that a block keeps.")
     include: tuple[str, ...] = Field(
         default=(), description="Only blocks whose name matches one of these patterns are cut."

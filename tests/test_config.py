@@ -146,3 +146,22 @@ def test_a_recipe_sets_nothing_that_it_turns_off_and_a_flag_that_does_is_found(r
     assert load_config(recipe, None, flags | {"search_steps": 3, "recover_steps": 3}).without_effect().keys() <= {
         "reconstruct_lr"
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("16", 16),
+        (16, 16),
+        ("mlp_hidden=64, attn_value = 16", {"mlp_hidden": 64, "attn_value": 16}),
+        ({"heads": 2}, {"heads": 2}),
+    ],
+)
+def test_widths_are_rounded_alike_or_axis_by_axis(written, means):
+    assert load_config(flags={"round_to": written}).round_to == means
+
+
+@pytest.mark.parametrize("written", ["0", "mlp=8", "mlp_hidden=0", "mlp_hidden=8,"])
+def test_a_rounding_that_cannot_be_is_refused(written):
+    with pytest.raises(ConfigError, match="round_to = .* cannot work"):
+        load_config(flags={"round_to": written})
