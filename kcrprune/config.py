@@ -41,11 +41,17 @@ Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
 
 
 def _as_widths(value: Any) -> Any:
-    """Widths by axis where the text names axes; anything else as it is."""
-    if not isinstance(value, str) or "=" not in value:
-        return value
-    pairs = [pair.partition("=") for pair in value.split(",")]
-    return {axis.strip(): width.strip() for axis, _, width in pairs}
+    """Widths by axis where a text or a table names axes; anything else as it is."""
+    if isinstance(value, str) and "=" in value:
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        value = {axis.strip(): width.strip() for axis, _, width in pairs}
+    if isinstance(value, dict):
+        for axis, width in value.items():
+            if axis not in AXES:
+                raise ValueError(f"there is no axis {axis!r}, these are: {', '.join(AXES)}")
+            if not str(width).isdecimal() or not int(width):
+                raise ValueError(f"{axis} = {width!r} is no width")
+    return value
 
 
 RoundTo = Annotated[PositiveInt | dict[Axis, PositiveInt], BeforeValidator(_as_widths)]
