@@ -20,37 +20,45 @@ Call = Callable[[Tensor], object]
 
 
 def in_turn(
-    calls: Sequence[tuple[Call, Tensor]], *, seconds: float, fewest: int = FEWEST, most: int = MOST
+    calls: Sequence[tuple[Call, Tensor]],
+    *,
+    seconds: float,
+    fewest: int = FEWEST,
+    most: int = MOST,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Milliseconds of each call, (calls, rounds): in each round each once, in every other round backwards.
 
     What slows the machine for a while so slows all of them. Rounds are made for about so many seconds, within
-    `fewest` and `most`, after some that are not counted. Work that is queued on the images' device counts.
+    `fewest` and `most`, after some that are not counted. Work that is queued on the images' device counts. `clock`
+    tells seconds.
     """
     with torch.inference_mode():
         for _ in range(WARM_UP):
-            _round(calls)
-        rounds = list(_rounds(calls, time.perf_counter() + seconds, fewest, most))
+            _round(calls, clock)
+        rounds = list(_rounds(calls, clock, clock() + seconds, fewest, most))
     return [list(times) for times in zip(*rounds, strict=True)]
 
 
-def _rounds(calls: Sequence[tuple[Call, Tensor]], end: float, fewest: int, most: int) -> Iterator[list[float]]:
+def _rounds(
+    calls: Sequence[tuple[Call, Tensor]], clock: Callable[[], float], end: float, fewest: int, most: int
+) -> Iterator[list[float]]:
     for number in range(most):
-        if number >= fewest and time.perf_counter() > end:
+        if number >= fewest and clock() > end:
             return
-        yield _round(calls[::-1])[::-1] if number % 2 else _round(calls)
+        yield _round(calls[::-1], clock)[::-1] if number % 2 else _round(calls, clock)
 
 
-def _round(calls: Sequence[tuple[Call, Tensor]]) -> list[float]:
-    return [_milliseconds(call, images) for call, images in calls]
+def _round(calls: Sequence[tuple[Call, Tensor]], clock: Callable[[], float]) -> list[float]:
+    return [_milliseconds(call, images, clock) for call, images in calls]
 
 
-def _milliseconds(call: Call, images: Tensor) -> float:
+def _milliseconds(call: Call, images: Tensor, clock: Callable[[], float]) -> float:
     _wait_for(images.device)
-    start = time.perf_counter()
+    start = clock()
     call(images)
     _wait_for(images.device)
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (clock() - start)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -20,20 +20,20 @@ def test_networks_are_called_in_turn_and_in_every_other_round_backwards():
     assert all(whole for _, *rest in seen for whole in rest)
 
 
-def test_times_are_those_of_their_own_network(monkeypatch):
-    clock = [0.0]  # seconds
+def test_times_are_those_of_their_own_network():
+    now = [0.0]  # seconds
 
     def lasts(seconds):
         def call(images):
-            clock[0] += seconds
+            now[0] += seconds
 
         return call, IMAGES
 
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    times = in_turn([lasts(0.004), lasts(0.003)], seconds=0.02)
+    timed = partial(in_turn, clock=lambda: now[0])
+    times = timed([lasts(0.004), lasts(0.003)], seconds=0.02)
     assert times == [pytest.approx([4.0] * 7), pytest.approx([3.0] * 7)]  # the fewest, though 0.02 s are over
-    assert len(in_turn([lasts(0.001)], seconds=0.0195)[0]) == 20
-    assert len(in_turn([lasts(0.001)], seconds=9, most=30)[0]) == 30
+    assert len(timed([lasts(0.001)], seconds=0.0195)[0]) == 20
+    assert len(timed([lasts(0.001)], seconds=9, most=30)[0]) == 30
 
 
 def test_the_second_is_compared_with_the_first_round_by_round():
