@@ -14,6 +14,7 @@ from kcrprune import processes
 from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_, save_model
 from kcrprune.atomic import write_atomically
 from kcrprune.config import RunConfig
+from kcrprune.errors import ran_out_of_memory
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, Timing
 from kcrprune.measure.summary import to_markdown
@@ -111,12 +112,21 @@ def _saved(
     return comparison
 
 
-def _speed(context: Context, network: FromFile, cut: Cut, pruned: nn.Module) -> Timing:
-    """How long the cut network takes beside the dense one; a clock's figure, which no other file takes in."""
+def _speed(context: Context, network: FromFile, cut: Cut, pruned: nn.Module) -> Timing | None:
+    """How long the cut network takes beside the dense one; a clock's figure, which no other file takes in.
+
+    None, and a warning, where memory runs out: the network is made, and nothing is lost for its time.
+    """
     context.tell(f"timing both networks, about {SECONDS:g} seconds")
     share = network.cost.predicted(cut.plan) / network.cost.dense
     size = network.opened.preprocessing.input_size
-    return speed_of(network.dense, pruned.to(context.device), size, share, SECONDS)
+    try:
+        return speed_of(network.dense, pruned.to(context.device), size, share, SECONDS)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        context.tell("memory ran out, so the networks are not timed", True)
+        return None
 
 
 def placeless(comparison: Comparison, words: Mapping[str | Path, str]) -> Comparison:
