@@ -22,11 +22,12 @@ from kcrprune.version import __version__ as __version__
 if TYPE_CHECKING:
     from torch import nn
 
-    from kcrprune.config import Bench, RunConfig
+    from kcrprune.config import RunConfig
     from kcrprune.families.contract import Rules
     from kcrprune.families.foreign import hidden_units as hidden_units
     from kcrprune.families.foreign import whole_heads as whole_heads
     from kcrprune.graphs import ExportResult
+    from kcrprune.measure.bench import Bench
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import GivenResult, Listing, RunResult
     from kcrprune.plan import ChannelPlan
@@ -52,7 +53,7 @@ AnyPath = str | PathLike[str]
 
 def __getattr__(name: str) -> Any:
     """The classes of the public surface, and the rules of one line."""
-    homes = {"ChannelPlan": "plan", "Bench": "config", "RunConfig": "config"} | dict.fromkeys(
+    homes = {"ChannelPlan": "plan", "Bench": "measure.bench", "RunConfig": "config"} | dict.fromkeys(
         ("hidden_units", "whole_heads"), "families.foreign"
     )
     if name not in homes:

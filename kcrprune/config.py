@@ -74,17 +74,6 @@ RENAMED: Final = {"scores": "ranking", "stages": "tighten_steps"}  # old names o
 Ranking = Literal["auto", "innovation", "fisher", "magnitude", "random", "equal"]
 
 
-Provider = Literal["cpu", "cuda", "onnx-cpu", "onnx-cuda"]
-
-
-class Bench(Frozen):
-    """How networks are timed."""
-
-    provider: Provider = "cpu"  # PyTorch there (ONNX files: ONNX Runtime); onnx-: all are exported first
-    batch: tuple[PositiveInt, ...] = Field(default=(1, 8), min_length=1)  # images at once
-    threads: PositiveInt | None = None  # None: what PyTorch takes
-
-
 class RunConfig(Frozen):
     """Everything that `kcrprune compress` can be told; a TOML file has the same names, flags win over it."""
 
@@ -291,15 +280,6 @@ def load_config(
         return RunConfig.model_validate({**_recipe(chosen), **written, **flags, "recipe": chosen})
     except ValidationError as error:
         raise ConfigError(_sentence(error, file, flags)) from None
-
-
-def bench_of(**given: Any) -> Bench:
-    """How networks are timed; ConfigError names what cannot be."""
-    try:
-        return Bench.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]} = {given[str(first['loc'][0])]!r} cannot work: {first['msg']}") from None
 
 
 def origins(

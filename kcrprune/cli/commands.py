@@ -27,8 +27,9 @@ from kcrprune.cli.options import (
     ThreadsOpt,
     takes_settings,
 )
-from kcrprune.config import NETWORK, bench_of, load_config, origins
+from kcrprune.config import NETWORK, load_config, origins
 from kcrprune.errors import ConfigError
+from kcrprune.measure.bench import bench_of
 
 
 @takes_settings()

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import Provider, RoundTo, RunConfig, Share
+from kcrprune.config import RoundTo, RunConfig, Share
+from kcrprune.measure.bench import Provider
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",

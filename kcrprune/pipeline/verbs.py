@@ -8,11 +8,12 @@ from typing import Literal
 from kcrprune.artifact.artifact import is_artifact, open_model
 from kcrprune.artifact.portable import save_for_timm, save_program
 from kcrprune.checkpoints.dense import Opened
-from kcrprune.config import Bench, RunConfig, load_config, network_of
+from kcrprune.config import RunConfig, load_config, network_of
 from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
 from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx, runtime
+from kcrprune.measure.bench import Bench
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kcrprune.checkpoints.dense import Opened
-from kcrprune.config import Bench
 from kcrprune.events import Listener, StageEnded, StageStarted, StepDone
 from kcrprune.graphs import OnnxModel, export_onnx, open_onnx
+from kcrprune.measure.bench import Bench
 from kcrprune.measure.report import ModelReport, Timing
 from kcrprune.measure.timing import in_turn, timings_of
 from kcrprune.training.precision import open_accelerator

@@ -5,7 +5,8 @@ from typer.main import get_command
 
 from kcrprune.cli.app import app, run
 from kcrprune.cli.options import PANELS, flag, panel
-from kcrprune.config import Bench, RunConfig, load_config
+from kcrprune.config import RunConfig, load_config
+from kcrprune.measure.bench import Bench
 
 COMPRESS = get_command(app).commands["compress"]  # type: ignore[attr-defined]
 

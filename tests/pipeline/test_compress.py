@@ -16,9 +16,10 @@ from torch.utils.data import TensorDataset
 import kcrprune
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model, save_model
-from kcrprune.config import Bench, RunConfig, load_config
+from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import BudgetError, CheckpointError, ConfigError, DataError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
+from kcrprune.measure.bench import Bench
 from kcrprune.measure.macs import count_macs
 from kcrprune.plan import Axis, ChannelPlan, Outputs, Preprocessing
 from kcrprune.run import timed
