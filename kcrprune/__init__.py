@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from kcrprune.families.foreign import hidden_units as hidden_units
     from kcrprune.families.foreign import whole_heads as whole_heads
     from kcrprune.graphs import ExportResult
+    from kcrprune.measure.bench import Bench
     from kcrprune.measure.report import ModelReport
     from kcrprune.pipeline import GivenResult, Listing, RunResult
     from kcrprune.plan import ChannelPlan
 
 __all__ = [
+    "Bench",
     "ChannelPlan",
     "KcrPruneError",
     "RunConfig",
@@ -51,7 +53,7 @@ AnyPath = str | PathLike[str]
 
 def __getattr__(name: str) -> Any:
     """The classes of the public surface, and the rules of one line."""
-    homes = {"ChannelPlan": "plan", "RunConfig": "config"} | dict.fromkeys(
+    homes = {"ChannelPlan": "plan", "Bench": "measure.bench", "RunConfig": "config"} | dict.fromkeys(
         ("hidden_units", "whole_heads"), "families.foreign"
     )
     if name not in homes:
@@ -173,9 +175,9 @@ def export_onnx(
 
 
 def report(
-    *models: AnyPath, latency: bool = False, listener: Listener = ignore, **network: Any
+    *models: AnyPath, bench: "Bench | None" = None, listener: Listener = ignore, **network: Any
 ) -> "tuple[ModelReport, ...]":
-    """The figures of each model: architecture, MACs, parameters, kept widths; with `latency` also milliseconds.
+    """The figures of each model: architecture, MACs, parameters, kept widths; with a `Bench` also their times.
 
     `network` as for `load`; what kcrprune wrote knows its own.
     """
@@ -183,4 +185,4 @@ def report(
     from kcrprune.config import network_config
 
     paths, config = [Path(model) for model in models], network_config(network)
-    return pipeline.report(paths, latency=latency, listener=listener, config=config)
+    return pipeline.report(paths, bench=bench, listener=listener, config=config)

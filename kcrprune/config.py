@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kcrprune.errors import ConfigError
-from kcrprune.plan import AXES, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
+from kcrprune.plan import AXES, ROUND_TO, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
 
 MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what their indices hold
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
@@ -39,6 +39,23 @@ def _as_share(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
+
+
+def _as_widths(value: Any) -> Any:
+    """Widths by axis where a text or a table names axes; anything else as it is."""
+    if isinstance(value, str) and "=" in value:
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        value = {axis.strip(): width.strip() for axis, _, width in pairs}
+    if isinstance(value, dict):
+        for axis, width in value.items():
+            if axis not in AXES:
+                raise ValueError(f"there is no axis {axis!r}, these are: {', '.join(AXES)}")
+            if not str(width).isdecimal() or not int(width):
+                raise ValueError(f"{axis} = {width!r} is no width")
+    return value
+
+
+RoundTo = Annotated[PositiveInt | dict[Axis, PositiveInt], BeforeValidator(_as_widths)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
@@ -70,7 +87,10 @@ class RunConfig(Frozen):
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
         description="Axes that may be cut: " + ", ".join(AXES) + ".",
     )
-    round_to: PositiveInt = Field(default=8, description="Kept widths are multiples of this.")
+    round_to: RoundTo = Field(
+        default=ROUND_TO,
+        description="Kept widths are multiples of this; or axis by axis, as mlp_hidden=64,attn_value=16, else of 8.",
+    )
     min_width: Share = Field(default=0.05, description="Smallest share of an axis that a block keeps.")
     include: tuple[str, ...] = Field(
         default=(), description="Only blocks whose name matches one of these patterns are cut."
@@ -209,6 +229,7 @@ class RunConfig(Frozen):
     deterministic: bool = Field(
         default=False, description="Take algorithms alone that repeat themselves to the bit on a GPU, too; slower."
     )
+    bench: bool = Field(default=True, description="Time the cut network against the dense one, in the end.")
     dtype: Dtype = Field(default="float32", description="What the weights of the cut network are stored in.")
 
     @property

@@ -19,6 +19,7 @@ from pydantic import (
 Axis = Literal["mlp_io", "mlp_hidden", "conv_hidden", "attn_query", "attn_value", "heads"]
 AXES: tuple[Axis, ...] = ("mlp_io", "mlp_hidden", "conv_hidden", "attn_query", "attn_value", "heads")
 PER_HEAD: tuple[Axis, ...] = ("attn_query", "attn_value")  # whose widths are those of one head
+ROUND_TO = 8  # what kept widths are multiples of, where nobody asks for another
 
 Outputs = Literal["classes", "features"]  # logits of classes, or an embedding whose channels mean nothing alone
 

@@ -146,3 +146,31 @@ def test_a_recipe_sets_nothing_that_it_turns_off_and_a_flag_that_does_is_found(r
     assert load_config(recipe, None, flags | {"search_steps": 3, "recover_steps": 3}).without_effect().keys() <= {
         "reconstruct_lr"
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("16", 16),
+        (16, 16),
+        ("mlp_hidden=64, attn_value = 16", {"mlp_hidden": 64, "attn_value": 16}),
+        ({"heads": 2}, {"heads": 2}),
+    ],
+)
+def test_widths_are_rounded_alike_or_axis_by_axis(written, means):
+    assert load_config(flags={"round_to": written}).round_to == means
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("0", "greater than 0"),
+        ("mlp=8", "there is no axis 'mlp', these are: mlp_io"),
+        ("mlp_hidden=0", "mlp_hidden = '0' is no width"),
+        ({"mlp_hidden": 2.5}, "mlp_hidden = 2.5 is no width"),
+        ("mlp_hidden=8,", "no axis ''"),
+    ],
+)
+def test_a_rounding_that_cannot_be_is_refused(written, said):
+    with pytest.raises(ConfigError, match=f"round_to = .+ cannot work: .*{said}"):
+        load_config(flags={"round_to": written})

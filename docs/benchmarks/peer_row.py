@@ -26,15 +26,15 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import KcrPruneError
 from kcrprune.events import ignore
 from kcrprune.graphs import export_onnx, open_onnx
-from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.macs import count_parameters
+from kcrprune.measure.timing import in_turn
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.losses import make_objective
 from kcrprune.training.pace import Pace
 from kcrprune.training.recover import recover_
 
 BYTES = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
-ROUNDS = 5  # of timing; the median of the rounds counts
+ROUNDS = 100  # of timing; the median of the rounds counts
 Figures = dict[str, Any]
 METHODS = peer_methods.METHODS | peer_closed_form.METHODS | peer_tokens.METHODS
 
@@ -198,11 +198,11 @@ class Bench:
         return export_onnx(model, path, input_size=size, metadata={}, batch_sizes=(1, 2)).path
 
     def _latencies(self, *graphs: Path) -> list[float]:
-        """Median times in ms of one image in ONNX Runtime, one graph right after the other, some rounds."""
+        """Median times in ms of one image in ONNX Runtime, the graphs in turn."""
         image = torch.zeros(1, *self.run.network.opened.preprocessing.input_size)
         networks = [open_onnx(graph) for graph in graphs]
-        rounds = [[latency_ms(network, image) for network in networks] for _ in range(ROUNDS)]
-        return [median(times) for times in zip(*rounds, strict=True)]
+        times = in_turn([(network, image) for network in networks], seconds=0, fewest=ROUNDS)
+        return [median(own) for own in times]
 
 
 def peak_mb() -> float:

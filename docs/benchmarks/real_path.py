@@ -102,9 +102,9 @@ class Bench:
 
         They mean something on an idle machine alone; remove the file to measure again.
         """
-        command = ["report", str(dense), str(pruned), "--latency", "--format", "json"]
+        command = ["report", str(dense), str(pruned), "--bench", "--batch", "1", "--format", "json"]
         before, after = self.once(pruned.with_suffix(".latency.json"), command)["result"]
-        return before["latency_ms"], after["latency_ms"]
+        return before["timings"][0]["p50_ms"], after["timings"][0]["p50_ms"]
 
     def once(self, path: Path, command: Sequence[str]) -> dict[str, Any]:
         """The JSON that `kcrprune COMMAND` prints, and its wall time; kept in `path` and found there the next time."""

@@ -5,6 +5,8 @@ from typing import Any
 from kcrprune.cli import render
 from kcrprune.cli.options import (
     IMAGES,
+    BatchOpt,
+    BenchOpt,
     CheckpointArg,
     ConfigOpt,
     FileArg,
@@ -14,20 +16,22 @@ from kcrprune.cli.options import (
     FreshOpt,
     IntoOpt,
     JsonOpt,
-    LatencyOpt,
     ListOpt,
     ModelArg,
     OnnxOpt,
     OpsetOpt,
     OtherArg,
     OutOpt,
+    ProviderOpt,
     QuietOpt,
     RunArg,
     ShapesOpt,
+    ThreadsOpt,
     takes_settings,
 )
 from kcrprune.config import NETWORK, load_config, origins
 from kcrprune.errors import ConfigError
+from kcrprune.measure.bench import bench_of
 
 
 @takes_settings()
@@ -60,7 +64,10 @@ def report(
     model: ModelArg,
     other: OtherArg = None,
     *,
-    latency: LatencyOpt = False,
+    bench: BenchOpt = False,
+    provider: ProviderOpt = "cpu",
+    batch: BatchOpt = "1,8",
+    threads: ThreadsOpt = None,
     form: FormatOpt = "table",
     config: ConfigOpt = None,
     quiet: QuietOpt = False,
@@ -68,11 +75,14 @@ def report(
 ) -> None:
     """Say what a model is and costs, or compare two."""
     settings = load_config(file=config, flags=given)
+    if not bench and (provider, batch, threads) != ("cpu", "1,8", None):
+        raise ConfigError("--provider, --batch and --threads say how times are measured; give --bench with them")
+    timing = bench_of(provider=provider, batch=batch.split(","), threads=threads) if bench else None
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline
 
         paths = [model] if other is None else [model, other]
-        reports = pipeline.report(paths, latency=latency, listener=listener, config=settings)
+        reports = pipeline.report(paths, bench=timing, listener=listener, config=settings)
     render.reports(reports, form=form)
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import RunConfig, Share
+from kcrprune.config import RoundTo, RunConfig, Share
+from kcrprune.measure.bench import Provider
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
@@ -21,7 +22,8 @@ PANELS: Final = {  # the first setting of each group in the help
     "task": "The losses",
     "seed": "The machine",
 }
-SHAPES: Final = {"img_size": "SIDE|H,W"}
+SHAPES: Final = {"img_size": "SIDE|H,W", "round_to": "WIDTH|AXIS=WIDTH,..."}
+WRITTEN: Final = (Share, RoundTo)  # settings that configuration reads from text itself
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
 IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device")
@@ -79,7 +81,17 @@ ShapesOpt = Annotated[
     bool, typer.Option("--keep-shapes", help="With --into: zeros where it was cut, for code that knows of no cut.")
 ]
 OpsetOpt = Annotated[int, typer.Option("--opset", help="ONNX opset to write: 17 to 23; older runtimes want 17.")]
-LatencyOpt = Annotated[bool, typer.Option("--latency", help="Measure milliseconds for one image on this CPU, too.")]
+BenchOpt = Annotated[bool, typer.Option("--bench", help="Measure times, too, of two models in turn.")]
+ProviderOpt = Annotated[
+    Provider,
+    typer.Option(
+        "--provider", help="Where: PyTorch on cpu or cuda (ONNX files: ONNX Runtime); onnx-: all exported first."
+    ),
+]
+BatchOpt = Annotated[str, typer.Option("--batch", metavar="A,B,...", help="Images at once, one table row each.")]
+ThreadsOpt = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, help="Threads of the CPU; else what PyTorch takes.")
+]
 FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
@@ -155,19 +167,20 @@ def _option(name: str) -> Parameter:
     info = typer.Option(
         *declarations,
         help=_help(name),
-        metavar=SHAPES.get(name, "A,B,...") if kind is tuple else "SHARE" if kind is Share else None,
+        metavar=SHAPES.get(name, {tuple: "A,B,...", Share: "SHARE"}.get(kind)),
         rich_help_panel=panel(name),
         show_default=False,
     )
-    annotation = Annotated[Union[str if kind in (tuple, Share) else kind, None], info]  # noqa: UP007 (`kind` is a value)
+    annotation = Annotated[Union[str if kind in (tuple, *WRITTEN) else kind, None], info]  # noqa: UP007 (`kind` is a value)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _kind(name: str) -> Any:
-    """The type of a setting as Typer knows it; `tuple` for lists, which are written with commas, `Share` for shares."""
+    """The type of a setting as Typer knows it; `tuple` for lists, which are written with commas, or one of WRITTEN."""
     field = RunConfig.model_fields[name]
-    if any(part in field.metadata for part in get_args(Share)[1:2]):  # pydantic's own word is float
-        return Share
+    for written in WRITTEN:
+        if get_args(written)[1] in field.metadata:  # pydantic's own words are float and int
+            return written
     kinds = _members(field.annotation)
     return tuple if any(get_origin(kind) is tuple for kind in kinds) else kinds[0]
 

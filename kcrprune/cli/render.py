@@ -19,7 +19,7 @@ from kcrprune.cli.streams import Output, Unheard
 from kcrprune.events import Event, Listener
 from kcrprune.measure import tables
 from kcrprune.measure.report import Comparison, Inspection, ModelReport, Network
-from kcrprune.measure.summary import network_table, notes_of, tables_of, to_markdown
+from kcrprune.measure.summary import network_table, notes_of, speed_line, tables_of, to_markdown
 from kcrprune.printable import printable, printable_json, printable_lines
 
 if TYPE_CHECKING:  # these modules import torch
@@ -64,6 +64,8 @@ def run(result: "RunResult", *, as_json: bool = False) -> None:
         _json(result)
         return
     _described(result.comparison)
+    if result.speed:
+        line(speed_line(result.speed, result.comparison))
     line(f"The run is in {result.folder}")
 
 

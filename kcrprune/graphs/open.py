@@ -73,6 +73,11 @@ class OnnxModel:
         return graph_macs(self._skeleton)
 
     @property
+    def runtime(self) -> str:
+        """What runs it, as ONNX Runtime says; ConfigError where that is not what `device` asks for."""
+        return f"ONNX Runtime's {self._session.get_providers()[0]}"
+
+    @property
     def batch_size(self) -> int | None:
         """The only batch size that the graph takes, None where it takes any."""
         size = self._image.type.tensor_type.shape.dim[0].dim_value

@@ -10,6 +10,7 @@ from pydantic import (
     JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -90,6 +91,21 @@ class Recorded(BaseModel):
     accuracy: Accuracy | None = None
 
 
+class Timing(Frozen):
+    """How long a network takes for so many images at once; where another was timed in turn with it, the ratio, too."""
+
+    batch: PositiveInt
+    runtime: str  # what really ran it, such as "PyTorch on the CPU"
+    threads: PositiveInt
+    rounds: PositiveInt  # in each of which it was called once
+    p50_ms: PositiveFloat
+    p90_ms: PositiveFloat
+    ratio: PositiveFloat | None = None  # of its time to the other's, the median of all rounds
+    ratio_low: PositiveFloat | None = None  # ends of the median's interval of 95 %
+    ratio_high: PositiveFloat | None = None
+    realised: float | None = None  # share of the time saved for each share of the MACs saved; 1 is one for one
+
+
 class ModelReport(Frozen):
     """The figures of one network; None is what is not known or was not measured."""
 
@@ -107,8 +123,8 @@ class ModelReport(Frozen):
     blocks: tuple[BlockWidths, ...] = ()
     kernel: KernelFigures | None = None
     accuracy: Accuracy | None = None
-    latency_ms: NonNegativeFloat | None = None  # median of one call
-    latency_batch: PositiveInt | None = None  # images in that call
+    activation_bytes: PositiveInt | None = None  # the most that is held at once while one image passes
+    timings: tuple[Timing, ...] = ()  # one for each batch size
     stated: tuple[str, ...] = ()  # names of the fields above that are the file's own word and were not measured now
     notes: tuple[str, ...] = ()
 

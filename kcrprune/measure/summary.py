@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from kcrprune.measure import tables
-from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelReport, Network, StageTime
+from kcrprune.measure.report import BlockWidths, Comparison, Inspection, ModelReport, Network, StageTime, Timing
 from kcrprune.measure.tables import ABSENT, Table
 from kcrprune.plan import AXES, Axis
 
@@ -46,7 +46,9 @@ QUANTITIES: Final = (
         "none",
     ),
     Quantity("file_bytes", "file size", lambda report: report.file_bytes, tables.file_size),
-    Quantity("latency_ms", "time of one call", lambda report: report.latency_ms, tables.milliseconds),
+    Quantity(
+        "activation_bytes", "peak activations of one image", lambda report: report.activation_bytes, tables.file_size
+    ),
     _kernel("kernel complexity (KC)", "kc"),
     _kernel("KC, trace-normalised", "kc_normalised"),
     _kernel("TNN / trace", "tnn_relative"),
@@ -99,6 +101,44 @@ def _change(quantity: Quantity, before: float | None, after: float | None) -> st
 
 def _share(part: int | None, whole: int | None) -> float | None:
     return None if part is None or whole is None else part / whole
+
+
+def timing_table(reports: Sequence[ModelReport]) -> Table:
+    """Networks that were timed in turn, batch by batch; the ratio is to the first of them."""
+    rows = [
+        (
+            str(timing.batch),
+            report.source,
+            timing.runtime,
+            str(timing.threads),
+            str(timing.rounds),
+            tables.milliseconds(timing.p50_ms),
+            tables.milliseconds(timing.p90_ms),
+            _ratio(timing) if timing.ratio else ABSENT,
+            ABSENT if timing.realised is None else f"{timing.realised:.2f}",
+        )
+        for same in zip(*(report.timings for report in reports), strict=True)
+        for report, timing in zip(reports, same, strict=True)
+    ]
+    header = ("images", "file", "runs in", "threads", "rounds", "p50", "p90", "ratio (95 %)", "realised")
+    return Table("Time", header, tuple(rows))
+
+
+def _ratio(timing: Timing) -> str:
+    return f"{timing.ratio:.3f} ({timing.ratio_low:.3f} to {timing.ratio_high:.3f})"
+
+
+def speed_line(timing: Timing, comparison: Comparison) -> str:
+    """What a cut buys in time, beside what it took of the MACs."""
+    share = _share(comparison.after.macs, comparison.before.macs)
+    cut = "" if share is None else f", with {share:.3f} of its MACs"
+    realised = "" if timing.realised is None else f": {timing.realised:.2f} of the MACs saved is time saved"
+    several = "s at once" if timing.batch > 1 else ""
+    threads = f"{timing.threads} thread{'s' if timing.threads > 1 else ''}"
+    return (
+        f"{timing.batch} image{several} in {timing.ratio:.2f} of the dense time "
+        f"({timing.ratio_low:.2f} to {timing.ratio_high:.2f}){cut}{realised} ({timing.runtime}, {threads})"
+    )
 
 
 def width_table(blocks: Sequence[BlockWidths], of: str = "") -> Table:
@@ -217,7 +257,8 @@ def tables_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[Ta
         shown += [stage_table(what.stages)] if what.stages else []
         return tuple(shown)
     widths = [width_table(report.blocks, report.source) for report in what if report.blocks]
-    return (summary(what), *widths)
+    times = (timing_table(what),) if all(report.timings for report in what) else ()
+    return (summary(what), *times, *widths)
 
 
 def notes_of(what: Comparison | Inspection | Sequence[ModelReport]) -> tuple[str, ...]:

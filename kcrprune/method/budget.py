@@ -15,7 +15,7 @@ from torch import Tensor
 from kcrprune.errors import BudgetError
 from kcrprune.families import Group, Key
 from kcrprune.method.cost import Cost, dense_widths, with_width
-from kcrprune.plan import AXES, PER_HEAD, ChannelPlan, Indices, Kept
+from kcrprune.plan import AXES, PER_HEAD, ROUND_TO, Axis, ChannelPlan, Indices, Kept
 
 WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
 
@@ -32,7 +32,7 @@ class Allowed(Generic[C]):
     cost: C
     groups: tuple[Group, ...]
     open: frozenset[Key]
-    round_to: int = 8
+    round_to: int | Mapping[Axis, int] = ROUND_TO
     min_width: float = 0.05  # smallest share of an axis that a block keeps
 
     @property
@@ -44,12 +44,17 @@ class Allowed(Generic[C]):
         """Allowed widths of a group, ascending: multiples of the rounding, and the whole."""
         if group.key not in self.open:
             return [group.width]
-        step, smallest = self.step(group, self.round_to), max(1, self.min_width * group.width)
+        step, smallest = self.step(group), max(1, self.min_width * group.width)
         return [width for width in range(step, group.width, step) if width >= smallest] + [group.width]
 
-    def step(self, group: Group, rounding: int) -> int:
-        """Channels of one step of a width: heads go one by one, pairs together."""
+    def step(self, group: Group, parts: int = 1) -> int:
+        """Channels of one step of a width, or of one of its `parts`: heads go one by one, pairs together."""
+        rounding = max(1, self.rounding(group.axis) // parts)
         return 1 if group.axis == "heads" else -(-rounding // group.span) * group.span
+
+    def rounding(self, axis: Axis) -> int:
+        """What kept widths of an axis are multiples of."""
+        return self.round_to if isinstance(self.round_to, int) else self.round_to.get(axis, ROUND_TO)
 
     def floor(self) -> int:
         """Cost of the smallest network that the open groups allow."""
@@ -103,12 +108,12 @@ def solve(allowed: Allowed, scores: Scores, target: float, architecture: str | N
     state = _State(allowed, scores)
     limit = max(int(target * allowed.cost.dense), allowed.floor())  # a target that is the floor may round below it
     state.give_up_until(limit)
-    step = allowed.round_to
+    parts, coarsest = 1, max(allowed.rounding(group.axis) for group in allowed.groups)
     while True:
-        state.buy_back(limit, step)
-        if step == 1 or state.spent > (target - WINDOW) * allowed.cost.dense:
+        state.buy_back(limit, parts)
+        if parts >= coarsest or state.spent > (target - WINDOW) * allowed.cost.dense:
             break
-        step = max(1, step // 2)
+        parts *= 2
     return ChannelPlan(architecture=architecture, groups=tuple(state.kept()))
 
 
@@ -159,16 +164,16 @@ class _State:
                     best = (price, group, width)
         return best
 
-    def buy_back(self, limit: int, step: int) -> None:
-        """Widens by steps of `step` whatever gives most score and still fits, until nothing fits."""
-        while options := list(self._affordable(limit, step)):
+    def buy_back(self, limit: int, parts: int) -> None:
+        """Widens by so small a part of a step whatever gives most score and still fits, until nothing fits."""
+        while options := list(self._affordable(limit, parts)):
             _, group, width = max(options, key=lambda option: option[0])
             self._set(group, width)
 
-    def _affordable(self, limit: int, step: int) -> Iterator[tuple[float, Group, int]]:
+    def _affordable(self, limit: int, parts: int) -> Iterator[tuple[float, Group, int]]:
         for group in self.open:
             now = self.widths[group.key]
-            width = min(group.width, now + self.allowed.step(group, step))
+            width = min(group.width, now + self.allowed.step(group, parts))
             cost = -self._saving(group, width)
             if now < width and self.spent + cost <= limit:
                 yield -self._loss(group, width) / max(1, cost), group, width

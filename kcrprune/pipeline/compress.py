@@ -14,7 +14,7 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.events import Listener
 from kcrprune.measure.macs import count_parameters
-from kcrprune.measure.report import Comparison
+from kcrprune.measure.report import Comparison, Timing
 from kcrprune.run import folder as folders
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE, Asked
@@ -31,6 +31,7 @@ class RunResult:
 
     folder: Path
     comparison: Comparison
+    speed: Timing | None = None  # of the cut network beside the dense one, where that was measured
 
 
 def compress(
@@ -63,9 +64,10 @@ def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult
     with processes.entered_by_first(folders.taken(folders.candidates(out, name, asked, fresh=fresh))) as folder:
         if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
-            return RunResult(folder, _shown(folder))
+            return RunResult(folder, _shown(folder), _speed(folder))
         others = {} if fresh or processes.rank() > 0 else folders.relatives(folder, asked)
-        return RunResult(folder, finish(context, Store(folder / STORE, others), folder, asked, given))
+        comparison = finish(context, Store(folder / STORE, others), folder, asked, given)
+        return RunResult(folder, comparison, _speed(folder))
 
 
 def _title(checkpoint: Path, opened: Opened) -> str:
@@ -85,6 +87,11 @@ def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:
 def _shown(folder: Path) -> Comparison:
     """Before and after of a finished run, which the first of several processes reads."""
     return Comparison.model_validate(processes.of_first(lambda: folders.comparison(folder).model_dump(mode="json")))
+
+
+def _speed(folder: Path) -> Timing | None:
+    """What the first process measured, and it alone shows."""
+    return folders.speed(folder) if processes.rank() == 0 else None
 
 
 def _require_alike(asked: Asked) -> None:

@@ -14,13 +14,15 @@ from kcrprune.errors import ConfigError, DataError
 from kcrprune.events import Listener, Note
 from kcrprune.families import contract_of
 from kcrprune.graphs import ExportResult, export_onnx, metadata_of, open_onnx, runtime
+from kcrprune.measure.bench import Bench
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Inspection, ModelReport
 from kcrprune.method.cost import MacCost
 from kcrprune.plan import AXES, Axis
-from kcrprune.run.describe import file_bytes, report_path
+from kcrprune.run.describe import file_bytes, open_any, report_of_any
 from kcrprune.run.folder import newest_model
 from kcrprune.run.network import open_for_run, opened_groups
+from kcrprune.run.timed import timed
 from kcrprune.training.evaluate import Evaluation
 from kcrprune.training.evaluate import evaluate as evaluate_on
 from kcrprune.training.images.batches import in_order
@@ -40,16 +42,18 @@ class Ported:
 
 
 def report(
-    paths: Sequence[Path], *, latency: bool = False, listener: Listener, config: RunConfig | None = None
+    paths: Sequence[Path], *, bench: Bench | None = None, listener: Listener, config: RunConfig | None = None
 ) -> tuple[ModelReport, ...]:
-    """The figures of each checkpoint, artifact, run folder or ONNX file.
+    """The figures of each checkpoint, artifact, run folder or ONNX file; with `bench` their times, taken in turn.
 
     `config` says how a checkpoint is read; beside one, what knows itself is read without it.
     """
     network = network_of(config) if config else {}
     knowing = {path for path in paths if path.suffix == ".onnx" or is_artifact(path)}
     told = set(paths) - knowing or knowing
-    return tuple(report_path(path, network if path in told else {}, latency=latency) for path in paths)
+    opened = [open_any(path, network if path in told else {}) for path in paths]
+    reports = tuple(map(report_of_any, opened))
+    return timed(opened, reports, bench, listener) if bench else reports
 
 
 def export(

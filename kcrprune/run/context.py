@@ -32,6 +32,7 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
     "snapshot_minutes": "how much a kill may cost",
     "max_memory": "where streams lie, not what they hold",
     "deterministic": "which of several roundings is taken, not what is computed",
+    "bench": "what is timed once the network is made",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
 

@@ -5,12 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kcrprune.artifact.artifact import open_model
 from kcrprune.checkpoints.dense import Opened
 from kcrprune.graphs import OnnxModel, open_onnx
-from kcrprune.measure.latency import latency_ms
+from kcrprune.measure.activations import peak_activation_bytes
 from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import Accuracy, KernelFigures, ModelReport, block_widths
 from kcrprune.method.kernel_complexity import Covariance, kernel_complexity, rank_for, tails
@@ -62,6 +60,7 @@ def report_of(
         outputs=opened.outputs,
         parameters=count_parameters(opened.model),
         macs=count_macs(opened.model, opened.preprocessing.input_size),
+        activation_bytes=peak_activation_bytes(opened.model, opened.preprocessing.input_size),
         file_bytes=opened.file_bytes,
         blocks=block_widths(plan),
         notes=opened.notes,
@@ -75,19 +74,14 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def report_path(path: Path, network: Mapping[str, Any], *, latency: bool = False) -> ModelReport:
-    """The report of any checkpoint, artifact, run folder or ONNX file; `network` says how a checkpoint is read."""
-    if path.suffix == ".onnx":
-        graph = open_onnx(path)
-        report, call = report_of_graph(graph), graph
-    else:
-        opened = open_model(path, **network)
-        report, call = report_of(opened), opened.model
-    if latency:
-        with torch.inference_mode():
-            milliseconds = latency_ms(call, torch.zeros(1, *report.input_size))
-        report = report.model_copy(update={"latency_ms": milliseconds, "latency_batch": 1})
-    return report
+def open_any(path: Path, network: Mapping[str, Any]) -> Opened | OnnxModel:
+    """Any checkpoint, artifact, run folder or ONNX file; `network` says how a checkpoint is read."""
+    return open_onnx(path) if path.suffix == ".onnx" else open_model(path, **network)
+
+
+def report_of_any(opened: Opened | OnnxModel) -> ModelReport:
+    """The figures of whatever was opened."""
+    return report_of_graph(opened) if isinstance(opened, OnnxModel) else report_of(opened)
 
 
 def report_of_graph(graph: OnnxModel) -> ModelReport:

@@ -17,7 +17,7 @@ from kcrprune.artifact.artifact import MODEL_FILE
 from kcrprune.atomic import LEFTOVER, remove, write_atomically
 from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
-from kcrprune.measure.report import Comparison
+from kcrprune.measure.report import Comparison, Timing
 from kcrprune.plan import Frozen
 from kcrprune.run import lock
 from kcrprune.run.context import FREE
@@ -71,6 +71,12 @@ def finished(folder: Path) -> bool:
 def comparison(folder: Path) -> Comparison:
     """Before and after of a finished run."""
     return Comparison.model_validate(_json(folder / REPORT))
+
+
+def speed(folder: Path) -> Timing | None:
+    """How long the network of a finished run takes beside the dense one, if that was measured."""
+    found = _json(folder / RECORD).get("speed")
+    return found and Timing.model_validate(found)
 
 
 def _json(path: Path) -> Any:

@@ -15,8 +15,9 @@ from kcrprune.artifact.artifact import DTYPES, MODEL_FILE, open_model, rounded_,
 from kcrprune.atomic import write_atomically
 from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig
+from kcrprune.errors import ran_out_of_memory
 from kcrprune.measure.macs import count_macs
-from kcrprune.measure.report import Accuracy, Comparison, KernelFigures
+from kcrprune.measure.report import Accuracy, Comparison, KernelFigures, Timing
 from kcrprune.measure.summary import to_markdown
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import ALL, FREE, PLACES, Context, Record
@@ -29,8 +30,11 @@ from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
 from kcrprune.run.shared import repeating, without_places
 from kcrprune.run.store import Result
+from kcrprune.run.timed import speed_of
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.portions import Portions
+
+SECONDS = 2.0  # of timing, where the networks are not too slow for it
 
 
 class Measured(Result):
@@ -82,6 +86,7 @@ def _saved(
     with context.part("save"):
         _write_model(folder, context, network, pool, cut, recovery, measured)
         after = open_model(folder / MODEL_FILE)
+    speed = _speed(context, network, cut, after.model) if config.bench else None
     told = context.told()
     comparison = Comparison(
         before=report_of(
@@ -104,7 +109,7 @@ def _saved(
         "images": pool.fingerprint,
         "input": _input(network.opened),
     }
-    write_results(context, cut.plan, comparison, config, told, source)
+    write_results(context, cut.plan, comparison, config, told, source, speed)
     return comparison
 
 
@@ -114,6 +119,23 @@ def _input(opened: Opened) -> dict[str, str]:
     if opened.fetched:
         found |= {"name": opened.fetched.name, "hub": opened.fetched.repository, "revision": opened.fetched.revision}
     return found
+
+
+def _speed(context: Context, network: FromFile, cut: Cut, pruned: nn.Module) -> Timing | None:
+    """How long the cut network takes beside the dense one; a clock's figure, which no other file takes in.
+
+    None, and a warning, where memory runs out: the network is made, and nothing is lost for its time.
+    """
+    context.tell(f"timing both networks, about {SECONDS:g} seconds")
+    share = network.cost.predicted(cut.plan) / network.cost.dense
+    size = network.opened.preprocessing.input_size
+    try:
+        return speed_of(network.dense, pruned.to(context.device), size, share, SECONDS)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        context.tell("memory ran out, so the networks are not timed", True)
+        return None
 
 
 def placeless(comparison: Comparison, words: Mapping[str | Path, str]) -> Comparison:
@@ -133,6 +155,7 @@ def write_results(
     config: RunConfig,
     told: Record,
     source: Mapping[str, Any],
+    speed: Timing | None = None,
 ) -> None:
     """What a run's folder holds beside the network; `source` says what it was made of. The record is the last."""
     folder = context.folder
@@ -142,7 +165,7 @@ def write_results(
     write_text(folder / "report.md", to_markdown(comparison))
     write_text(folder / "config.toml", to_toml(config))
     write_text(folder / LOG, to_lines(told.history))
-    write_json(folder / RECORD, _record(context, config, told, source))
+    write_json(folder / RECORD, _record(context, config, told, source) | {"speed": speed})
 
 
 def _write_model(

@@ -63,8 +63,8 @@ class FakePipeline(ModuleType):
     def compress(self, checkpoint, config, out, listener, *, fresh=False, origins=None):
         return self._answer(RunResult(Path("run"), COMPARISON), checkpoint=checkpoint, config=config, out=out)
 
-    def report(self, paths, *, latency=False, listener, config=None):
-        return self._answer((DENSE, PRUNED)[: len(paths)], paths=paths, latency=latency, config=config)
+    def report(self, paths, *, bench=None, listener, config=None):
+        return self._answer((DENSE, PRUNED)[: len(paths)], paths=paths, bench=bench, config=config)
 
     def export(self, model, onnx, listener, *, config=None, opset=20):
         return self._answer(EXPORTED, model=model, onnx=onnx, config=config, opset=opset)

@@ -6,6 +6,7 @@ from typer.main import get_command
 from kcrprune.cli.app import app, run
 from kcrprune.cli.options import PANELS, flag, panel
 from kcrprune.config import RunConfig, load_config
+from kcrprune.measure.bench import Bench
 
 COMPRESS = get_command(app).commands["compress"]  # type: ignore[attr-defined]
 
@@ -102,9 +103,20 @@ def test_onnx_may_stand_without_a_file(pipeline, words, model, onnx):
 
 def test_report_takes_one_model_or_two(pipeline):
     assert run(["report", "a"]) == 0
-    assert pipeline.asked == {"paths": [Path("a")], "latency": False, "config": RunConfig()}
-    assert run(["report", "a", "b", "--latency"]) == 0
-    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "latency": True, "config": RunConfig()}
+    assert pipeline.asked == {"paths": [Path("a")], "bench": None, "config": RunConfig()}
+    assert run(["report", "a", "b", "--bench"]) == 0
+    assert pipeline.asked == {"paths": [Path("a"), Path("b")], "bench": Bench(), "config": RunConfig()}
+
+
+def test_how_networks_are_timed_is_said_and_refused(pipeline, capsys):
+    words = ["report", "a", "--bench", "--provider", "onnx-cuda", "--batch", "2, 64", "--threads", "1"]
+    assert run(words) == 0
+    assert pipeline.asked["bench"] == Bench(provider="onnx-cuda", batch=(2, 64), threads=1)
+    for batch, said in (("0", "greater than 0"), ("1,x", "'x'"), ("", "unable to parse")):
+        assert run(["report", "a", "--bench", "--batch", batch]) == 2
+        assert said in capsys.readouterr().err
+    assert run(["report", "a", "--threads", "1"]) == 2
+    assert "give --bench" in capsys.readouterr().err
 
 
 def test_evaluate_and_inspect_take_the_settings_that_concern_them(pipeline):

@@ -3,8 +3,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcrprune.measure.report import Accuracy
-from kcrprune.measure.summary import summary, tables_of, to_markdown
+from kcrprune.measure.report import Accuracy, Timing
+from kcrprune.measure.summary import speed_line, summary, tables_of, to_markdown
 from tests.measure.examples import AFTER, BLOCK, COMPARISON, INSPECTION, report
 
 
@@ -40,7 +40,7 @@ def test_a_run_shows_what_the_cut_took_and_what_recovery_gave_back():
 
 def test_what_nobody_measured_has_no_row():
     text = to_markdown(report(kernel=None, accuracy=None, dense_macs=None))
-    assert not re.search("KC|TNN|top-1|loss|agreement|one call|share of", text)
+    assert not re.search("KC|TNN|top-1|loss|agreement|activations|Time|share of", text)
     assert "change" not in text
 
 
@@ -92,3 +92,37 @@ def test_strange_names_break_no_table(source, note):
     rows = [line for line in text.split("\n") if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows[: len(tables_of([report(), AFTER])[0].rows)]}
     assert widths == {5}  # four columns
+
+
+DENSE_TIME = Timing(batch=8, runtime="PyTorch on the CPU", threads=2, rounds=40, p50_ms=100.04, p90_ms=120)
+CUT_TIME = DENSE_TIME.model_copy(
+    update={"p50_ms": 76.0, "ratio": 0.76, "ratio_low": 0.7449, "ratio_high": 0.781, "realised": 0.8}
+)
+
+
+def test_networks_that_were_timed_stand_batch_by_batch():
+    twice = (CUT_TIME.model_copy(update={"batch": 1, "realised": None}), CUT_TIME)
+    alone = (DENSE_TIME.model_copy(update={"batch": 1}), DENSE_TIME)
+    text = to_markdown((report(timings=alone), report(source="run", timings=twice)))
+    rows = [line for line in text.splitlines() if "PyTorch" in line]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| 1", "in/vit.pth"], ["| 1", "run"], ["| 8", "in/vit.pth"], ["| 8", "run"],
+    ]  # fmt: skip
+    assert rows[2].endswith("| PyTorch on the CPU | 2 | 40 | 100.0 ms | 120.0 ms | - | - |")
+    assert rows[3].endswith("| 76.0 ms | 120.0 ms | 0.760 (0.745 to 0.781) | 0.80 |")
+    assert rows[1].endswith("| 0.760 (0.745 to 0.781) | - |")
+
+
+def test_a_run_ends_with_its_time_beside_its_macs():
+    assert speed_line(CUT_TIME, COMPARISON) == (
+        "8 images at once in 0.76 of the dense time (0.74 to 0.78), with 0.700 of its MACs: "
+        "0.80 of the MACs saved is time saved (PyTorch on the CPU, 2 threads)"
+    )
+    one = CUT_TIME.model_copy(update={"batch": 1, "threads": 1, "realised": None})
+    assert speed_line(one, COMPARISON).startswith("1 image in 0.76")
+    assert speed_line(one, COMPARISON).endswith("MACs (PyTorch on the CPU, 1 thread)")
+
+
+def test_what_activations_take_is_a_size():
+    text = to_markdown((report(activation_bytes=4_000_000), report(activation_bytes=3_000_000)))
+    assert cells(text, "peak activations of one image") == ["4.00 MB", "3.00 MB", "x 0.750"]

@@ -201,6 +201,16 @@ def test_the_solver_asks_what_a_width_costs_and_does_not_know_the_unit():
     assert 0.55 * cost.dense < spent <= 0.6 * cost.dense
 
 
+def test_each_axis_has_a_rounding_of_its_own():
+    allowed = replace(allowed_for(VIT, 2, SMOOTH), round_to={"mlp_hidden": 24, "attn_query": 5})
+    levels = {group.axis: allowed.levels(group) for group in allowed.opened}
+    assert {axis: widths[:2] for axis, widths in levels.items()} == {
+        "mlp_hidden": [96, 120], "attn_query": [5, 10], "attn_value": [8, 16],
+    }  # fmt: skip
+    hidden = next(group for group in allowed.opened if group.axis == "mlp_hidden")
+    assert [allowed.step(hidden, parts) for parts in (1, 2, 4, 8, 32)] == [24, 12, 6, 3, 1]
+
+
 NETWORKS = ("deit", "swin", "tiny_vit")
 
 

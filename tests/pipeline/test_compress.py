@@ -1,6 +1,7 @@
 """The whole path on tiny networks: what a run leaves behind, and that it can be repeated and loaded elsewhere."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.config import RunConfig, load_config
 from kcrprune.errors import BudgetError, CheckpointError, ConfigError, DataError, OutputExistsError
 from kcrprune.events import Event, Note, StageStarted, StepDone, ignore
+from kcrprune.measure.bench import Bench
 from kcrprune.measure.macs import count_macs
 from kcrprune.plan import Axis, ChannelPlan, Outputs, Preprocessing
+from kcrprune.run import timed
 from tests.conftest import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
@@ -34,6 +37,7 @@ SHORT = RunConfig(
     workers=0,
     device="cpu",
     snapshot_minutes=1e-9,
+    bench=False,
 )
 
 
@@ -235,15 +239,37 @@ def test_export_takes_the_newest_run_and_report_knows_all_three(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no run of kcrprune lies below"):
         pipeline.export(None, None, ignore)
-    folder = pipeline.compress(checkpoint, SHORT, None, ignore).folder
+    result = pipeline.compress(checkpoint, SHORT.model_copy(update={"bench": True}), None, ignore)
+    folder, speed = result.folder, result.speed
     assert folder == Path("kcrprune-runs/dense-0.8")
+    assert speed is not None
+    assert speed.ratio is not None
+    assert (speed.batch, speed.runtime) == (1, "PyTorch on the CPU")
+    after = result.comparison.after
+    assert after.macs is not None
+    assert after.dense_macs is not None
+    assert speed.realised == pytest.approx((1 - speed.ratio) / (1 - after.macs / after.dense_macs))
+    assert "realised" not in (folder / "report.json").read_text()  # which is the same from run to run
     exported = pipeline.export(None, None, ignore)
     assert exported.path == folder / "model.onnx"
-    dense, pruned, graph = pipeline.report([checkpoint, folder, exported.path], latency=True, listener=ignore)
+    monkeypatch.setattr(timed, "SECONDS", 0.0)
+    dense, pruned, graph = pipeline.report([checkpoint, folder, exported.path], listener=ignore)
     assert (dense.state, pruned.state, graph.state) == ("dense", "pruned", "onnx")
     assert pruned.macs == graph.macs
     assert pruned.dense_macs == dense.macs
-    assert all(report.latency_ms for report in (dense, pruned, graph))
+    assert dense.activation_bytes is not None
+    assert pruned.activation_bytes is not None
+    assert pruned.activation_bytes <= dense.activation_bytes
+    own, other = pipeline.report([folder, exported.path], bench=Bench(batch=(3, 2), threads=1), listener=ignore)
+    assert [(timing.batch, timing.threads, timing.ratio) for timing in own.timings] == [(3, 1, None), (2, 1, None)]
+    assert {timing.runtime for timing in other.timings} == {"ONNX Runtime's CPUExecutionProvider"}
+    assert all(timing.ratio and timing.realised is None for timing in other.timings)  # the same MACs
+    monkeypatch.setattr(timed, "export_onnx", lambda model, path, **_: shutil.copy(exported.path, path))
+    (own,) = pipeline.report([folder], bench=Bench(provider="onnx-cpu", batch=(2,)), listener=ignore)
+    assert [timing.runtime for timing in own.timings] == ["ONNX Runtime's CPUExecutionProvider"]
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device 'cuda' is not here"):
+            pipeline.report([folder], bench=Bench(provider="cuda"), listener=ignore)
 
 
 def test_inspect_tells_what_can_be_cut(checkpoint: Path):

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import Block
 from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model
 from kcrprune.events import Note
+from kcrprune.run import saving
 from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
 
@@ -31,11 +32,17 @@ def memory(monkeypatch):
 
 
 def test_every_stage_takes_its_batches_in_parts_where_memory_runs_out_and_says_so(
-    memory, finished, tmp_path, tiny_vit: Tiny
+    memory, finished, tmp_path, tiny_vit: Tiny, monkeypatch
 ):
+    def untimed(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory: 64 images")
+
+    monkeypatch.setattr(saving, "speed_of", untimed)
     told: list[object] = []
     checkpoint = save(TINY[0], tmp_path / "dense.safetensors")
-    result = pipeline.compress(checkpoint, SHORT, tmp_path / "run", told.append)
+    result = pipeline.compress(checkpoint, SHORT.model_copy(update={"bench": True}), tmp_path / "run", told.append)
+    assert result.speed is None
+    assert Note("memory ran out, so the networks are not timed", warning=True) in told
     notes = [event.text for event in told if isinstance(event, Note) and "do not fit the memory" in event.text]
     assert {note.partition(": ")[0] for note in notes} == STAGES
     memory["images"] = 8
