@@ -162,7 +162,7 @@ class Context:
 
 def view(config: RunConfig, stage: str, names: Sequence[str]) -> RunConfig:
     """The configuration as a stage may read it: a setting that it does not declare is a mistake of ours."""
-    return config if names == ALL else cast(RunConfig, _View(config, stage, {*names, *FREE}))
+    return config if names == ALL else cast(RunConfig, _View(config, stage, {*names, *FREE, "loaders"}))
 
 
 class _View:
