@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import packed
@@ -37,8 +38,8 @@ from torch import Tensor, nn
 import kcrprune
 from kcrprune.artifact.artifact import open_model
 from kcrprune.atomic import write_atomically
-from kcrprune.measure.latency import latency_ms
 from kcrprune.measure.tables import Table, markdown
+from kcrprune.measure.timing import in_turn
 from kcrprune.plan import Preprocessing
 
 ROWS: Final = ("clip:0.7", "clip:0.5", "clip:0.35", "swin:0.7", "swin:0.5", "swin:0.35")
@@ -185,7 +186,8 @@ class Bench:
             for batch in (1, 64) if cuda else (1,):
                 images = torch.randn(batch, *self.enlarged(self.images["train"][:1], name).shape[1:])
                 images = images.to(self.device, dtype)
-                times = [latency_ms(each.to(dtype), images, warmup=3, runs=20) for each in networks]
+                calls = [(each.to(dtype), images) for each in networks]
+                times = [median(own) for own in in_turn(calls, seconds=0, fewest=20)]
                 found[f"{dtype}, batch {batch}"] = times
         return found
 

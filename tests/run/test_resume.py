@@ -127,7 +127,11 @@ def test_a_killed_process_goes_on_where_it_was(checkpoint, finished, tmp_path, k
 def command(checkpoint: Path, out: Path) -> list[str]:
     words = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(out)]
     for name, value in SHORT.model_dump(exclude_defaults=True).items():
-        words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(value) if isinstance(value, tuple) else str(value)]
     return words
 
 
