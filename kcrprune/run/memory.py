@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kcrprune.run.context import Context
 from kcrprune.run.folder import STORE
 from kcrprune.surgery.kept import Keep, in_files, on, pinned
-from kcrprune.training.portions import Portions, kept_for_gradients
+from kcrprune.training.portions import kept_for_gradients
 
 CPU: Final = torch.device("cpu")
 SHARE: Final = 0.75  # of what is free; the rest is for the work itself
@@ -35,21 +35,23 @@ def room(context: Context, device: torch.device) -> float:
     return max(0.0, asked * 2**30 - taken)
 
 
-def backward_portions(context: Context, stage: str, model: nn.Module, batches: Sequence[Any]) -> Portions:
-    """How many images pass forward and back at a time: as many as a half of the memory has room for.
+def back_at_once(context: Context, model: nn.Module, batches: Sequence[Any]) -> int | None:
+    """How many images may pass forward and back at a time: as many as half of the memory has room for; None: any batch.
 
     Of `max_memory`, or of the machine's as a whole, so that what else runs there changes no rounding. A GPU says itself
     when it is full.
     """
-    portions = Portions(stage, context.device, context.listener)
-    if context.device == CPU and isinstance(batches[0], Tensor):
-        asked = context.settings.max_memory
-        whole = psutil.virtual_memory().total if asked is None else asked * 2**30
-        fitting = int(0.5 * whole / max(1, kept_for_gradients(model, batches[0][:1])))
-        if fitting < max(map(len, batches)):
-            portions.at_once = max(1, fitting)
-            context.tell(f"{stage}: {portions.at_once} images pass at once, which is what half of the memory holds")
-    return portions
+    if context.device != CPU or not isinstance(batches[0], Tensor):
+        return None
+    asked, two = context.settings.max_memory, batches[0][:2]
+    half = 0.5 * (psutil.virtual_memory().total if asked is None else asked * 2**30)
+    first, second = (kept_for_gradients(model, two[:count]) for count in (1, len(two)))
+    of_each = max(1, second - first if len(two) > 1 else first)
+    fitting = max(1, int(1 + (half - first) / of_each))
+    if fitting >= max(map(len, batches)):
+        return None
+    context.tell(f"order and score: {fitting} images pass forward and back at once, which half of the memory holds")
+    return fitting
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, plain_pass
-from kcrprune.run.memory import backward_portions, keep_streams, room
+from kcrprune.run.memory import back_at_once, keep_streams, room
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
@@ -92,11 +92,11 @@ def score(context: Context, network: Network, pool: Pool, balanced: Weights | No
 def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) -> Ranked:
     settings, opened, scoring = context.settings, allowed(context, network).opened, pool.parts.scoring
     innovations: dict[str, Innovations] = {}
-    plain = plain_pass(context, network, scoring)
+    plain, at_once = plain_pass(context, network, scoring), back_at_once(context, model, scoring)
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
             space = OF_SUMS * room(context, context.device)
-            innovations = backward_portions(context, "order", model, scoring).of_batches(
+            innovations = Portions("order", context.device, context.listener, at_once).of_batches(
                 scoring,
                 lambda batches: innovations_of(
                     model, opened, batches, generator(settings.seed, "order", 0, "labels"), network.outputs, space
@@ -104,7 +104,7 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
             )
     gates = add_gates_(model, network.groups, opened, innovations=innovations)
     with context.part("score", plain_pass=plain):
-        scores = _scores(context, network, model, gates, scoring)
+        scores = _scores(context, network, model, gates, scoring, at_once)
     remove_gates_(model, gates)
     if not any(score.any() for score in scores.values()):
         raise CheckpointError(
@@ -115,7 +115,9 @@ def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) ->
     return Ranked(scores=by_site(scores), innovations=kept)
 
 
-def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, scoring: list[Tensor]) -> Scores:
+def _scores(
+    context: Context, network: Network, model: nn.Module, gates: Gates, scoring: list[Tensor], at_once: int | None
+) -> Scores:
     settings = context.settings
     if settings.ranked_by == "magnitude":
         return magnitude_scores(model, gates, network.groups)
@@ -123,7 +125,7 @@ def _scores(context: Context, network: Network, model: nn.Module, gates: Gates, 
         return random_scores(gates, network.cost, generator(settings.seed, "score", 0, "scores"))
     if settings.ranked_by == "equal":
         return equal_scores(gates, network.cost)
-    return backward_portions(context, "score", model, scoring).of_batches(
+    return Portions("score", context.device, context.listener, at_once).of_batches(
         scoring,
         lambda batches: fisher_scores(
             model, gates, batches, generator(settings.seed, "score", 0, "labels"), network.outputs

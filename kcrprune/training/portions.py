@@ -14,8 +14,8 @@ from kcrprune.events import Listener, Note, ignore
 R = TypeVar("R")
 
 
-def kept_for_gradients(model: nn.Module, image: Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass of one image (1, C, H, W) until its backward pass."""
+def kept_for_gradients(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass of some images (batch, C, H, W) until its backward pass."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = dict[int, int]()  # of storages, which lie apart as long as the output is there
 
@@ -26,7 +26,7 @@ def kept_for_gradients(model: nn.Module, image: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(image)
+        output = model(images.clone())  # a view would hold the whole batch
     del output
     return sum(kept.values())
 

@@ -1,13 +1,23 @@
 """What a run tells of itself and its machine."""
 
 import sys
+import tempfile
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import nn
 
+from kcrprune.config import RunConfig
+from kcrprune.plan import Preprocessing
 from kcrprune.run.machine import peak_memory_mib
+from kcrprune.run.memory import back_at_once
+from kcrprune.training import parts
+from kcrprune.training.images.sets import open_images
+from kcrprune.training.parts import divide
+from kcrprune.training.portions import kept_for_gradients
 
 
 def test_the_peak_of_the_memory_never_falls():
@@ -22,3 +32,33 @@ def test_windows_tells_its_own_peak(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(peak_wset=3 * 2**20))
     assert peak_memory_mib() == pytest.approx(3)
+
+
+def test_what_waits_for_the_way_back_is_counted_once_and_weights_are_not():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    for images in (1, 3):
+        kept = 4 * images * (4 + 8 + 8)  # the inputs of the three layers, in float32
+        assert kept_for_gradients(model, torch.randn(images, 4)) == kept
+
+
+def test_half_of_the_memory_bounds_the_images_that_pass_back_at_once():
+    model, batches, told = nn.Linear(1024, 2), [torch.randn(64, 1024)], []
+    context: Any = SimpleNamespace(device=torch.device("cpu"), tell=told.append)
+    for gibibytes, expected in ((1.0, None), (2 * 10 * 4096 / 2**30, 10), (1e-9, 1)):
+        context.settings = SimpleNamespace(max_memory=gibibytes)
+        assert back_at_once(context, model, batches) == expected
+    assert len(told) == 2
+
+
+def test_images_that_take_much_of_the_memory_lie_in_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = RunConfig(generated_images=10, calibration_images=8, score_images=4, batch_size=4, workers=0)
+    size = Preprocessing(input_size=(3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    places = []
+    monkeypatch.setattr(parts, "in_files", lambda folder: places.append(folder) or (lambda batch: batch.clone()))
+    many, few = (
+        divide(open_images(config, size, 5), config.model_copy(update={"max_memory": memory})) for memory in (1.0, 1e-9)
+    )
+    assert places == [tmp_path, tmp_path]
+    for ours, theirs in zip(many.calibration, few.calibration, strict=True):
+        assert torch.equal(ours, theirs)
