@@ -213,7 +213,9 @@ class RunConfig(Frozen):
     # the machine
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=42, description="Seed of everything random.")
     device: Device = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
-    precision: Precision = Field(default="auto", description="auto is bf16 on CUDA and fp32 elsewhere.")
+    precision: Precision = Field(
+        default="auto", description="auto is bf16 on a GPU that has it and fp32 elsewhere; fp32 has no TF32 either."
+    )
     max_memory: PositiveFloat | None = Field(
         default=None,
         description="GiB of memory that a run may take; images and streams beyond lie in files. Else what is free.",
