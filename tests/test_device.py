@@ -25,6 +25,7 @@ from kcrprune import pipeline
 from kcrprune.config import RunConfig
 from kcrprune.events import ignore
 from kcrprune.families import Contract, contract_of
+from kcrprune.families.slim import kernel_widths
 from kcrprune.measure.macs import count_macs
 from kcrprune.method import innovations as innovations_module
 from kcrprune.method.cost import MacCost
@@ -329,3 +330,9 @@ def test_a_whole_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
     assert (result.comparison.after.macs or 0) <= 0.8 * (result.comparison.before.macs or 0)
     assert not [place for place in counts.up if place.startswith("method/kernel_complexity")]
+
+
+def test_attention_is_computed_at_the_widths_that_the_device_is_fast_at():
+    assert kernel_widths([24, 24, 40], "cpu") == [40, 40, 40]
+    assert kernel_widths([24, 24, 40], "cuda") == [24, 24, 40], "a GPU takes two widths"
+    assert kernel_widths([6, 6, 17], "cuda") == [8, 8, 24]

@@ -25,6 +25,7 @@ from kcrprune.surgery.refit import refit_
 from tests.conftest import gated, random_plan, relative_error, shaken_
 
 SIZES = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+UNSIZED = {name: size for name, size in SIZES.items() if name != "img_size"}
 FOUR = {"embed_dims": (24,) * 4, "num_heads": (2,) * 4, "num_classes": 5}
 
 
@@ -63,6 +64,12 @@ RELATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "gated": (Gated, 32),
     "rope": (named("vit_small_patch16_rope_mixed_224"), 32),
     "pooling": (named("vit_base_patch16_siglip_224"), 32),
+    "naflex": (partial(timm.create_model, "naflexvit_base_patch16_gap", **UNSIZED), 32),
+    "qwen3": (named("qwen3_vit_306m"), 32),
+    "deepseek": (named("deepseek_vit_412m", img_size=28), 28),
+    "gemma4": (partial(timm.create_model, "gemma4_vit_167m", **UNSIZED), 32),
+    "twins, pooled keys": (partial(timm.create_model, "twins_pcpvt_small", img_size=64, depths=(1,) * 4, **FOUR), 64),
+    "twins, windows": (partial(timm.create_model, "twins_svt_small", img_size=64, depths=(2, 1, 1, 1), **FOUR), 64),
     "relative positions": (named("vit_relpos_small_patch16_224"), 32),
     "relative positions by table": (named("vit_relpos_small_patch16_224", rel_pos_type="bias"), 32),
     "relative positions, shared": (named("vit_srelpos_small_patch16_224"), 32),

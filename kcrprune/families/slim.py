@@ -117,20 +117,23 @@ class SlimAttention(nn.Module):
 
 
 def _padded(*parts: Tensor) -> list[Tensor]:
-    """q, k and v with zeros at the widths that the kernel is fast at.
-
-    A CPU's flash kernel takes one width for all. A GPU's take two, both multiples of 8: on an H100 one width for both
-    took 1.9 times as long (see docs/benchmarks.md).
-    """
-    widths = [part.shape[-1] for part in parts]
-    if parts[0].device.type == "cuda":
-        widths = [-(-width // EIGHT) * EIGHT for width in widths]
-    else:
-        widths = [max(widths)] * len(parts)
+    """q, k and v with zeros at the widths that the kernel is fast at."""
+    widths = kernel_widths([part.shape[-1] for part in parts], parts[0].device.type)
     return [
         F.pad(part, (0, width - part.shape[-1])) if part.shape[-1] < width else part
         for part, width in zip(parts, widths, strict=True)
     ]
+
+
+def kernel_widths(widths: Sequence[int], device: str) -> list[int]:
+    """The widths at which attention is fast on a kind of device.
+
+    A CPU's flash kernel takes one for q, k and v. A GPU's take two, and load multiples of 8: on an H100 one width for
+    both took up to twice as long (docs/benchmarks.md).
+    """
+    if device == "cuda":
+        return [-(-width // EIGHT) * EIGHT for width in widths]
+    return [max(widths)] * len(widths)
 
 
 @contextmanager
