@@ -22,6 +22,7 @@ from kcrprune.training.losses import HeldOut, make_objective
 
 LOOKED_AT: Final = 1 / 4  # of the calibration images; what the plans differ by shows with as few, a choice of ours
 
+ENOUGH: Final = 8  # parts of the held-out images; fewer tell no error, a choice of ours
 NAMES: Final = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
 
 # the distance to the dense network alone, whatever the losses of the run
@@ -47,11 +48,11 @@ class Compared:
 
     @classmethod
     def of(cls, name: str, scores: Tensor, search: Tensor) -> "Compared":
-        """From sums over parts of the images, (parts, 2): of the losses, and of images. One part tells no error."""
+        """From sums over parts of the images, (parts, 2): of the losses, and of images."""
         images, difference = float(scores[:, 1].sum()), search[:, 0] - scores[:, 0]
         before, after, added = (float(of[:, 0].sum()) / images for of in (scores, search, search - scores))
         rest, parts = difference - added * scores[:, 1], len(scores)
-        error = sqrt(float(rest.square().sum()) * parts / (parts - 1)) / images if parts > 1 else inf
+        error = sqrt(float(rest.square().sum()) * parts / (parts - 1)) / images if parts >= ENOUGH else inf
         return cls(name, before, after, added, error)
 
     @property

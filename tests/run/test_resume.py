@@ -73,7 +73,8 @@ def assert_same_run(folder: Path, other: Path):
 
 def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(checkpoint, tmp_path):
     images = str(image_folder(tmp_path / "images"))
-    config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, "search_weight_lr": 0.01, "search_steps": 2})
+    searched = {"search_steps": 2, "search_lr": 5.0, "search_weight_lr": 0.01}
+    config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, **searched})
     whole = Watch()
     pipeline.compress(checkpoint, config, tmp_path / "apart" / "whole", whole)
     assert list(dict.fromkeys(whole.parts)) == list(PARTS)

@@ -17,16 +17,16 @@ from kcrprune.run.ranking import Ranked, Searched
 from kcrprune.run.selecting import Compared, select
 from kcrprune.training.parts import Parts
 
-IMAGES = torch.tensor([32.0, 32.0, 32.0, 16.0])
+IMAGES = torch.tensor([32.0, 32.0, 32.0, 16.0] * 2)
 
 
 def compared(means: list[float], added: list[float], name: str = "distance") -> Compared:
-    """From the mean losses of parts of the images, and what the search adds to them."""
-    scores = torch.tensor(means)
+    """From the mean losses of parts of the images, all twice, and what the search adds to them."""
+    scores, search = torch.tensor(means * 2), torch.tensor((means, added)).sum(0).repeat(2)
     return Compared.of(
         name,
         torch.stack([scores * IMAGES, IMAGES], 1),
-        torch.stack([(scores + torch.tensor(added)) * IMAGES, IMAGES], 1),
+        torch.stack([search * IMAGES, IMAGES], 1),
     )
 
 
@@ -36,22 +36,23 @@ WORSE = compared([0.2, 0.3, 0.4, 0.5], [0.02, 0.03, 0.02, 0.03])
 
 
 def test_the_error_is_that_of_the_differences_and_not_of_the_losses():
-    differences = torch.tensor([-0.02, -0.03, -0.02, -0.03])
-    weighted = compared([1.0, 9.0, 3.0, 6.0], differences.tolist())
+    differences = torch.tensor([-0.02, -0.03, -0.02, -0.03] * 2)
+    weighted = compared([1.0, 9.0, 3.0, 6.0], differences[:4].tolist())
     assert weighted.added == pytest.approx(float((differences * IMAGES).sum() / IMAGES.sum()), rel=1e-4)
-    equal = torch.tensor([[3.0, 1.0], [5.0, 1.0], [4.0, 1.0]])
-    found = Compared.of("distance", equal, equal + torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]))
+    equal = torch.tensor([[3.0, 1.0], [5.0, 1.0]] * 4)
+    found = Compared.of("distance", equal, equal + torch.tensor([[1.0, 0.0], [3.0, 0.0]] * 4))
     assert (found.scores, found.search, found.added) == (4, 6, 2)
-    assert found.error == pytest.approx(1 / sqrt(3))
+    assert found.error == pytest.approx(sqrt(8 / 7) / sqrt(8))
     assert BETTER.lower
     assert not WITHIN.lower
     assert not WORSE.lower
 
 
-def test_what_one_part_of_the_images_or_no_finite_number_tells_moves_no_plan():
-    one = torch.tensor([[3.0, 20.0]])
-    assert Compared.of("distance", one, one / 2).error == inf
-    assert not Compared.of("distance", one, one / 2).lower
+def test_what_few_parts_of_the_images_or_no_finite_number_tell_moves_no_plan():
+    few = torch.tensor([[3.0, 20.0]] * 7)
+    lower = few - torch.tensor([1.0, 0.0])
+    assert Compared.of("distance", few, lower).error == inf
+    assert not Compared.of("distance", few, lower).lower
     assert not compared([0.1] * 4, [nan] * 4).lower
     assert compared([nan, 0.1, 0.1, 0.1], [0.0] * 4).lower is False
     lost, whole = torch.full((2, 2), inf), torch.ones(2, 2)
