@@ -82,7 +82,7 @@ class RunConfig(Frozen):
 
     # what to reach
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
-    recipe: str = Field(default="default", description="Named set of defaults: default, paper or no-train.")
+    recipe: str = Field(default="default", description="Named set of defaults: default, thorough, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
         description="Axes that may be cut: " + ", ".join(AXES) + ".",
@@ -178,7 +178,8 @@ class RunConfig(Frozen):
     temperature: PositiveFloat = Field(default=1.0, description="First temperature of the gates.")
     temperature_floor: PositiveFloat = Field(default=0.3, description="Last temperature of the gates.")
     recover_steps: NonNegativeInt = Field(
-        default=60, description="Training steps; those of a joint search whose plan is kept are some of them."
+        default=60,
+        description="Training steps, those of a search of both in one step among them where its plan is kept.",
     )
     epochs: PositiveInt | None = Field(
         default=None, description="Length of search and recovery in epochs, where they have any steps."
