@@ -24,7 +24,7 @@ MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what th
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 
-RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
+RECIPES: Final = ("default", "thorough", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
 
 def _as_share(value: Any) -> Any:
@@ -82,7 +82,7 @@ class RunConfig(Frozen):
 
     # what to reach
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
-    recipe: str = Field(default="default", description="Named set of defaults: default, paper or no-train.")
+    recipe: str = Field(default="default", description="Named set of defaults: default, thorough, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
         description="Axes that may be cut: " + ", ".join(AXES) + ".",
@@ -163,25 +163,26 @@ class RunConfig(Frozen):
     )
 
     # search and recovery
-    search_steps: NonNegativeInt = Field(
-        default=0, description="Gate steps of a search from the scores on; 0 plans from the scores alone."
-    )
+    search_steps: NonNegativeInt = Field(default=20, description="Steps of a search from the scores on; 0: none.")
     search_lr: PositiveFloat = Field(default=0.05, description="Learning rate of the gates.")
     search_spread: Annotated[float, Field(gt=0, le=1e4)] = Field(
         default=8.0, description="Standard deviation of the first logits; the larger, the fewer gates are undecided."
     )
     search_weight_lr: NonNegativeFloat = Field(
-        default=0.0, description="Learning rate of the weights in the search; 0 freezes."
+        default=2e-5, description="Learning rate of the weights in the search; 0 freezes."
     )
     search_split: Share = Field(
-        default=0.7, description="Share of the training images that weights learn on; gates: the rest."
+        default=1,
+        description="Share of its images that weights learn on, gates on the rest; 1: both on all, in one step.",
     )
     temperature: PositiveFloat = Field(default=1.0, description="First temperature of the gates.")
     temperature_floor: PositiveFloat = Field(default=0.3, description="Last temperature of the gates.")
-    recover_steps: NonNegativeInt = Field(default=60, description="Training steps after the cut.")
+    recover_steps: NonNegativeInt = Field(
+        default=60,
+        description="Training steps, those of a search of both in one step among them where its plan is kept.",
+    )
     epochs: PositiveInt | None = Field(
-        default=None,
-        description="Length of search (of its gates' images) and recovery in epochs, where they have any steps.",
+        default=None, description="Length of search and recovery in epochs, where they have any steps."
     )
     batch_size: PositiveInt = Field(default=32, description="Images in a training step.")
     lr: PositiveFloat = Field(default=2e-5, description="Learning rate of the recovery.")
@@ -203,9 +204,7 @@ class RunConfig(Frozen):
     )
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Label smoothing.")
     distill_temperature: PositiveFloat = Field(default=1.0, description="Temperature of the distillation.")
-    kernel_weight: NonNegativeFloat = Field(
-        default=0.1, description="Weight of the truncated nuclear norm; 0 turns it off."
-    )
+    kernel_weight: NonNegativeFloat = Field(default=0.1, description="Weight of the truncated nuclear norm; 0: none.")
     kernel_rank: Share = Field(default=0.05, description="Rank of its basis as a share of min(images, features).")
     kernel_every: PositiveInt = Field(default=20, description="Steps between two refreshes of its basis.")
     kernel_norm: Literal["relative", "raw"] = Field(default="relative", description="Divide it by the trace, or not.")
@@ -217,12 +216,10 @@ class RunConfig(Frozen):
         default="auto", description="auto is bf16 on a GPU that has it and fp32 elsewhere; fp32 has no TF32 either."
     )
     max_memory: PositiveFloat | None = Field(
-        default=None,
-        description="GiB of memory that a run may take; images and streams beyond lie in files. Else what is free.",
+        default=None, description="GiB of memory that a run may take; what lies beyond is in files. Else what is free."
     )
     max_minutes: PositiveFloat | None = Field(
-        default=None,
-        description="Minutes that the run may take; search and recovery end early for it, and the network is finished.",
+        default=None, description="Minutes that the run may take; search and recovery end early, and the rest is done."
     )
     snapshot_minutes: PositiveFloat = Field(
         default=5.0, description="Minutes between two snapshots of a long stage; a run that is killed loses no more."
@@ -248,8 +245,13 @@ class RunConfig(Frozen):
 
     @property
     def searches(self) -> bool:
-        """Whether gates are searched for."""
-        return self.search_steps > 0
+        """Whether gates are searched for; a search that trains the weights as well needs training steps to take."""
+        return self.search_steps > 0 and (self.recover_steps > 0 or not self.searches_jointly)
+
+    @property
+    def searches_jointly(self) -> bool:
+        """Whether a step of the search trains gates and weights together, on the same images."""
+        return self.search_weight_lr > 0 and self.search_split == 1
 
     def without_effect(self) -> dict[str, str]:
         """Settings that differ from the recipe's and that nothing in this run reads, with what turns them off."""
@@ -274,7 +276,7 @@ class RunConfig(Frozen):
             raise ValueError("reconstruct_epochs train blocks on from their refit, and refit is off; give 0")
         if self.ranking == "equal" and self.tighten_steps > 1:
             raise ValueError("tighten_steps cut before a search, and ranking equal ranks nothing; give tighten_steps 1")
-        if self.ranking == "equal" and self.search_steps == 0:
+        if self.ranking == "equal" and not self.searches:
             raise ValueError("ranking equal ranks nothing by itself; give search_steps, or choose another ranking")
         return self
 

@@ -196,6 +196,19 @@ class ChannelPlan(Frozen):
         """True when nothing is cut."""
         return all(kept.is_all for kept in self.groups)
 
+    def moved_from(self, other: Self) -> int:
+        """How many channels it keeps that another plan for the same network does not."""
+        return len(self._kept - other._kept)
+
+    @property
+    def _kept(self) -> set[tuple[tuple[str, Axis], int, int]]:
+        return {
+            (kept.key, head, channel)
+            for kept in self.groups
+            for head, channels in zip(kept.kept_heads, kept.channels, strict=True)
+            for channel in channels
+        }
+
     @property
     def blocks(self) -> dict[str, tuple[Kept, ...]]:
         """The entries of each block, in order; of a block with several branches of one kind, those of each branch."""

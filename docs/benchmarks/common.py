@@ -3,7 +3,7 @@
 import argparse
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +54,14 @@ def machine_facts(further: Sequence[str] = ()) -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "versions": ", ".join(versions),
     }
+
+
+def plans_of(decisions: Mapping[str, Any]) -> dict[str, float]:
+    """The held-out distances that a run has decided by: at the first look at both plans, or of the one that was cut."""
+    looked = decisions.get("selection", {}).get("distance")
+    return (
+        {name: looked[name] for name in ("scores", "search")} if looked else decisions["plans"]["held_out_distillation"]
+    )
 
 
 def there(name: str) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fetch
-from common import WEIGHTS, first_images, machine_facts, parser_of
+from common import WEIGHTS, first_images, machine_facts, parser_of, plans_of
 
 import kcrprune
 from kcrprune import RunConfig
@@ -79,7 +79,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 FIXED: Mapping[str, Mapping[str, Any]] = {
     "plan": {"search_steps": 0, "recover_steps": 0},
     "reconstruction": {"search_steps": 0, "recover_steps": 0, "reconstruct_epochs": 8},
-    "search": {"search_steps": 60, "recover_steps": 0},
+    "search": {"search_steps": 60, "search_weight_lr": 0.0, "search_split": 0.7, "recover_steps": 0},
     "recovery": {"search_steps": 0, "keep_best": False},
 }
 
@@ -131,7 +131,7 @@ def figures(trial: Trial, checkpoint: Path, data: Path, target: float, folder: P
     accuracy, recovered = result.comparison.after.accuracy, decisions.get("recover")
     assert accuracy is not None
     found = {
-        "distance": decisions["plans"]["held_out_distillation"],
+        "distance": plans_of(decisions),
         "held_out": recovered and [recovered["held_out_before"], recovered["held_out_after"]],
         "top1": 100 * (accuracy.top1 or 0),
         "seconds": sum(stage.seconds for stage in result.comparison.stages if not stage.stage.startswith("measure")),

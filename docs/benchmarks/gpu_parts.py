@@ -263,7 +263,8 @@ def steps(found: Part) -> None:
             if isinstance(event, StepDone):
                 stamps.setdefault(event.stage, []).append(time.perf_counter())
 
-        settings = {"search_steps": count, "search_weight_lr": 1e-5, "recover_steps": count, "batch_size": batch}
+        settings = {"search_steps": count, "recover_steps": count, "batch_size": batch}
+        settings |= {"search_weight_lr": 1e-5, "search_split": 0.7}  # weights and gates in turns, a step of each
         settings |= {"calibration_images": 64, "score_images": 32, "workers": min(12, os.cpu_count() or 1)}
         repeatable = label.endswith("deterministic")
         settings |= {"deterministic": repeatable, "device": DEVICE, "listener": listen}
@@ -337,7 +338,7 @@ def one_search(
     if weight is None:
         settings["recover_steps"] = 3 * count  # a step of selection is two
     else:
-        settings |= {"search_steps": count, "search_weight_lr": 2e-5, "kernel_weight": weight}
+        settings |= {"search_steps": count, "search_weight_lr": 2e-5, "search_split": 0.7, "kernel_weight": weight}
     if data:
         settings["data"] = str(data)
     part = Part(out, "one", small=small)

@@ -230,20 +230,19 @@ def _top1_range(rows: Sequence[Row]) -> str:
 
 
 def _plans(rows: Sequence[Row]) -> Table:
-    """How near the plans of the scores and of the search come to the dense network, where both were cut."""
+    """How near the plans of scores and search come to the dense network at the first look, where there was one."""
     lines = []
     for cell, members in by_cell([row for row in rows if len(row.distances) > 1]).items():
         texts = [
-            with_error("{:.3g}", *mean_and_deviation([getattr(row, kind)[plan] for row in members]))
-            for kind in ("uncorrected", "distances")
+            with_error("{:.3g}", *mean_and_deviation([row.distances[plan] for row in members]))
             for plan in ("scores", "search")
         ]
         sides = ({row.seed: row.distances[plan] for row in members} for plan in ("search", "scores"))
         seeds, mean, error = paired(*sides)
         lines.append((*_label(cell), str(seeds), *texts, with_error("{:.2g}", mean, error, sign="+")))
     header = (
-        "method", "kernel weight", "share of images", "seeds", "scores, before refit", "search, before refit",
-        "scores, refitted", "search, refitted", "search minus scores, ± standard error",
+        "method", "kernel weight", "share of images", "seeds", "scores", "search",
+        "search minus scores, ± standard error",
     )  # fmt: skip
     return Table("Distance to the dense network of the two plans", header, tuple(lines))
 

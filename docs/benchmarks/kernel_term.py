@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import fetch
-from common import WEIGHTS, first_images, machine_facts
+from common import WEIGHTS, first_images, machine_facts, plans_of
 from kernel_tables import GRID, SPLIT, Cell, Row, row_from, to_markdown
 from peers import same_protocol, write_json
 
@@ -143,6 +143,8 @@ class Bench(Workbench):
         return told | {
             "target_flops": protocol.target,
             "search_steps": protocol.search_steps if cell.method == "search" else 0,
+            "search_weight_lr": 0.0,
+            "search_split": 0.7,
             "recover_steps": protocol.recover_steps,
             "lr": protocol.lr,
             "task": "labels",
@@ -211,7 +213,7 @@ def read_run(folder: Path, cell: Cell, seed: int, training: Evaluation) -> Row:
         kept_step=recovery["kept_step"],
         chosen=record["decisions"]["plans"]["chosen"],
         uncorrected=record["decisions"]["plans"]["before_refit"],
-        distances=record["decisions"]["plans"]["held_out_distillation"],
+        distances=plans_of(record["decisions"]),
         kept=kept_channels(ChannelPlan.model_validate(plan)),
         stages=record["stages"],
         seconds=sum(record["stages"].values()),

@@ -133,7 +133,7 @@ def grail(task: Task) -> Pruned:
         result = compressed(task, Path(folder), **chosen)
         plan, model = open_model(result.folder).plan, kcrprune.load(result.folder)
     assert plan is not None, "a run's network has a plan"
-    seconds = sum(stage.seconds for stage in result.comparison.stages if stage.stage in ("score", "cut-scored"))
+    seconds = sum(stage.seconds for stage in result.comparison.stages if stage.stage == "score")
     start = perf_counter() - seconds
     cut = [group for group in task.run.network.groups if group.readers and not kept(plan, group).is_all]
     readers = {group.readers[0].owner: group for group in cut}

@@ -327,7 +327,7 @@ def _attention_as_in_(model: nn.Module, dense: nn.Module) -> nn.Module:
 
 METHODS: Final[dict[str, Method]] = {
     "kcrprune-no-train": partial(ours, search_steps=0),
-    "kcrprune-search": partial(ours, search_steps=60),
+    "kcrprune-search": partial(ours, search_steps=60, search_weight_lr=0),
     "magnitude": partial(ours, ranking="magnitude", balance=False, refit=False, search_steps=0),
     "random": partial(ours, ranking="random", balance=False, refit=False, search_steps=0),
     "tp-uniform-l2": partial(torch_pruning, inner=False, taylor=False),

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 import fetch
-from common import WEIGHTS, first_images, machine_facts, parser_of
+from common import WEIGHTS, first_images, machine_facts, parser_of, plans_of
 from kernel_tables import mean_and_deviation, paired, with_error
 from peers import write_json
 
@@ -40,7 +40,7 @@ DEFAULT = "one stage, scores"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {"search_steps": 0},
     f"{STAGES} stages, scores": {"search_steps": 0, "tighten_steps": STAGES},
-    f"{STAGES} stages, a search in each": {"search_steps": STEPS, "tighten_steps": STAGES},
+    f"{STAGES} stages, a search in each": {"search_steps": STEPS, "search_weight_lr": 0.0, "tighten_steps": STAGES},
 }
 log = logging.getLogger("progressive")
 
@@ -73,7 +73,7 @@ def figures(way: str, seed: int, checkpoint: Path, data: Path, target: float, fo
         assert measured.accuracy is not None
         record = context.told()
         found = {
-            "distances": record.decisions["plans"]["held_out_distillation"],
+            "distances": plans_of(record.decisions),
             "searches": len([time for time in record.times if time.stage == "search"]),
             "top1": 100 * (measured.accuracy.top1 or 0),
             "seconds": perf_counter() - start,

@@ -1,28 +1,20 @@
-"""The stages from the cut on: each candidate cut and refitted, the nearest one chosen and trained on."""
+"""The stages from the cut on: a network cut by its plan, refitted, and trained on."""
 
-from math import inf, isfinite
-from typing import Final
-
-from torch import nn
+from math import isfinite
 
 from kcrprune.errors import DivergedError
-from kcrprune.families.given import glimpse
 from kcrprune.measure.report import Accuracy
-from kcrprune.method.budget import Scores, solve
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
-from kcrprune.run.deadline import pace_of, say_early
+from kcrprune.run.deadline import pace_of, recovery_steps, say_early
 from kcrprune.run.measuring import Reference, accuracy_on
-from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
-from kcrprune.run.ranking import Ranked, Searched, Tightened, by_group, refit
+from kcrprune.run.opening import Network, Pool, Weights, objective_of
+from kcrprune.run.ranking import Searched, Tightened, refit
+from kcrprune.run.selecting import Selected, distance_of, searched_network
 from kcrprune.run.store import Result
-from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.narrow import cut_
-from kcrprune.training.losses import HeldOut, make_objective
+from kcrprune.training.losses import HeldOut
 from kcrprune.training.recover import Recovered, recover_
-
-# the distance to the dense network alone, whatever the losses of the run
-PLAIN: Final = {"task": "distill", "labels": False, "kernel_weight": 0.0, "kernel_norm": "relative", "smoothing": 0.0}
 
 
 class Cut(Result):
@@ -32,6 +24,7 @@ class Cut(Result):
     weights: Weights
     distance: float
     uncorrected: float | None = None  # None: not refitted
+    trained: int = 0  # steps of the search that its weights have behind them
 
 
 class Recovery(Result):
@@ -41,92 +34,50 @@ class Recovery(Result):
     cut: Accuracy | None
 
 
-def cut_searched(
+def cut(
     context: Context,
     network: Network,
     pool: Pool,
     balanced: Weights | None,
     tightened: Tightened | None,
     searched: Searched | None,
-) -> Cut | None:
-    """The plan of the search; None without one."""
-    if searched is None:
-        return None
-    model = tightened.model(network) if tightened else network.with_weights(balanced)
-    if searched.weights is not None:
-        model.load_state_dict(searched.weights)
-    return _cut(context, network, pool, balanced, model, by_group(searched.scores), "search")
-
-
-def cut_scored(
-    context: Context,
-    network: Network,
-    pool: Pool,
-    balanced: Weights | None,
-    ranked: Ranked,
-    tightened: Tightened | None,
-) -> Cut | None:
-    """The plan of the scores; None for equal ones, which are a start and no plan."""
-    if context.settings.ranked_by == "equal":
-        return None
-    model = tightened.model(network) if tightened else network.with_weights(balanced)
-    scores = (tightened.ranked if tightened else ranked).scores
-    return _cut(context, network, pool, balanced, model, by_group(scores), "scores")
-
-
-def _cut(
-    context: Context,
-    network: Network,
-    pool: Pool,
-    balanced: Weights | None,
-    model: nn.Module,
-    scores: Scores,
-    name: str,
+    selected: Selected,
 ) -> Cut:
-    settings = context.settings
-    distance = make_objective(
-        settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.outputs
-    )
-    measure = HeldOut(distance, pool.parts.held_out, context.device, context.listener)
-    plan = solve(allowed(context, network), scores, settings.target_flops, network.name)
-    require_certificate(network.dense, network.groups, plan, glimpse(pool.parts.calibration[0]).to(context.device))
-    pruned, uncorrected = cut_(model, plan), None
-    if settings.refit:
+    """The network cut by the plan that was selected, and refitted; the search's plan out of what the search left."""
+    searched = searched if selected.searched else None
+    model, goal = searched_network(network, balanced, tightened, searched)
+    measure = HeldOut(distance_of(context, network), pool.parts.held_out, context.device, context.listener)
+    pruned, uncorrected = cut_(model, selected.plan), None
+    name = "search" if selected.searched else "scores"
+    if context.settings.refit:
         uncorrected = measure.loss(pruned)
-        refit(context, network, pool, balanced, pruned, plan, name, context.snapshots)
-    found = measure.loss(pruned)
-    if not isfinite(found):
-        context.say(f"cut ({name}): the network answers what are no finite numbers", True)
-    return Cut(
-        plan=plan, weights=pruned.state_dict(), distance=found if isfinite(found) else inf, uncorrected=uncorrected
-    )
-
-
-def choose(context: Context, searched: Cut | None, scored: Cut | None) -> Cut:
-    """The candidate that stays closest to the dense network."""
-    candidates = {name: cut for name, cut in (("search", searched), ("scores", scored)) if cut is not None}
-    best = min(candidates, key=lambda name: candidates[name].distance)
-    if candidates[best].distance == inf:
+        refit(context, network, pool.parts.calibration, goal, pruned, selected.plan, name, context.snapshots)
+    distance = measure.loss(pruned)
+    if not isfinite(distance):
         raise DivergedError(
-            f"the network cut by its {best} answers what are no finite numbers; a higher --refit-ridge, or --no-refit, "
+            f"the network cut by its {name} answers what are no finite numbers; a higher --refit-ridge, or --no-refit, "
             "may help"
         )
     context.record.decisions["plans"] = {
         "ranking": context.settings.ranked_by,
-        "before_refit": {n: cut.uncorrected for n, cut in candidates.items() if cut.uncorrected is not None},
-        "held_out_distillation": {name: cut.distance for name, cut in candidates.items()},
-        "chosen": best,
+        "before_refit": {} if uncorrected is None else {name: uncorrected},
+        "held_out_distillation": {name: distance},
+        "chosen": name,
     }
-    if len(candidates) > 1:
-        figures = ", ".join(f"{name} {cut.distance:.3g}" for name, cut in candidates.items())
-        context.say(f"held-out distance to the dense network by plan: {figures}; kept: {best}")
-    return candidates[best]
+    return Cut(
+        plan=selected.plan,
+        weights=pruned.state_dict(),
+        distance=distance,
+        uncorrected=uncorrected,
+        trained=searched.steps if searched and searched.weights is not None else 0,
+    )
 
 
 def recover(context: Context, network: Network, pool: Pool, reference: Reference, cut: Cut) -> Recovery | None:
     """Trains what the cut left; None where nothing is trained."""
     settings = context.settings
-    if settings.recover_steps == 0:
+    steps = recovery_steps(settings, pool.parts, cut.trained)
+    if steps == 0:
         return None
     model = network.pruned(cut.plan, cut.weights)
     with context.part("measure cut"):
@@ -135,7 +86,6 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
         context.say(f"after cut and refit, before recovery: top-1 {100 * accuracy.top1:.2f} %")
     if accuracy is not None and accuracy.distance is not None:
         context.say(f"after cut and refit, before recovery: relative squared distance {accuracy.distance:.4g}")
-    steps = settings.recover_steps if settings.epochs is None else settings.epochs * len(pool.parts.training)
     pace = pace_of(context, "recover", steps)
     with context.part("recover", steps):
         found = recover_(

@@ -6,14 +6,14 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from kcrprune.errors import CheckpointError
+from kcrprune.errors import CheckpointError, DivergedError
 from kcrprune.events import StepDone
 from kcrprune.method.budget import Scores, solve
 from kcrprune.method.gates import Gates
 from kcrprune.method.innovations import Innovations
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.run.context import Context
-from kcrprune.run.deadline import pace_of, say_early
+from kcrprune.run.deadline import pace_of, say_early, search_steps
 from kcrprune.run.measuring import Reference, plain_pass
 from kcrprune.run.memory import back_at_once, keep_streams, room
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
@@ -54,10 +54,11 @@ class Tightened(Result):
 
 
 class Searched(Result):
-    """Scores that a search has learned, and the weights where it trained them as well."""
+    """Scores that a search has learned in so many steps, and the weights where it trained them as well."""
 
     scores: Sites
     weights: Weights | None
+    steps: int
 
 
 def by_site(scores: Scores) -> Sites:
@@ -144,7 +145,7 @@ def tighten(
         plan = solve(allowed(context, network), by_group(ranked.scores), share, network.name)
         pruned = cut_(copy.deepcopy(model), plan)
         if settings.refit:
-            refit(context, network, pool, balanced, pruned, plan, f"to {share:.2f}")
+            refit(context, network, pool.parts.calibration, balanced, pruned, plan, f"to {share:.2f}")
         model = expand_(network.with_weights(None), pruned, plan)
         ranked = _ranked(context, network, pool, model)
         tightened = Tightened(plan=plan, weights=model.state_dict(), ranked=ranked)
@@ -154,14 +155,17 @@ def tighten(
 def refit(
     context: Context,
     network: Network,
-    pool: Pool,
-    balanced: Weights | None,
+    calibration: list[Tensor],
+    goal: Weights | None,
     pruned: nn.Module,
     plan: ChannelPlan,
     name: str,
     snapshots: Snapshots = NO_SNAPSHOTS,
 ) -> None:
-    """Corrects the linears of a cut network, in place, towards the balanced one; goes on from a snapshot of itself."""
+    """Corrects the linears of a cut network, in place, towards the one with the weights `goal`, which it was cut from.
+
+    Goes on from a snapshot of itself.
+    """
     stage, settings = f"refit ({name})", context.settings
 
     def done(blocks: int) -> None:
@@ -170,14 +174,14 @@ def refit(
 
     first = snapshots.newest() or {"blocks": 0, "weights": copy.deepcopy(pruned.state_dict())}
     reconstruction = Reconstruction(settings.reconstruct_epochs, settings.reconstruct_lr, settings.seed, stage)
-    plain = plain_pass(context, network, pool.parts.calibration)
-    keep = keep_streams(context, memory_of_refit(network.dense, network.groups, pool.parts.calibration))
+    plain = plain_pass(context, network, calibration)
+    keep = keep_streams(context, memory_of_refit(network.dense, network.groups, calibration))
 
     def fit(batches: list[Tensor]) -> None:
         pruned.load_state_dict(first["weights"])
         refit_(
             pruned,
-            network.with_weights(balanced),
+            network.with_weights(goal),
             network.groups,
             plan,
             batches,
@@ -189,7 +193,7 @@ def refit(
         )
 
     with context.part(stage, len(plan.blocks), plain_pass=plain):
-        Portions(stage, context.device, context.listener).of_batches(pool.parts.calibration, fit)
+        Portions(stage, context.device, context.listener).of_batches(calibration, fit)
 
 
 def search(
@@ -201,9 +205,11 @@ def search(
     ranked: Ranked,
     tightened: Tightened | None,
 ) -> Searched | None:
-    """Scores that gates learn under the budget, from the scores on; None where nothing is to be searched."""
+    """Scores that gates learn under the budget, from the scores on; None where nothing is searched, or it diverged."""
     settings = context.settings
     if not settings.searches:
+        if settings.search_steps > 0:
+            context.say("no search: it would take its steps out of those of the recovery, and recover_steps is 0")
         return None
     model = tightened.model(network) if tightened else network.with_weights(balanced)  # may be trained as well
     ranked = tightened.ranked if tightened else ranked
@@ -212,28 +218,38 @@ def search(
         for name, parts in ranked.innovations.items()
     }
     gates = add_gates_(model, network.groups, allowed(context, network).opened, innovations=innovations)
-    steps = settings.search_steps if settings.epochs is None else settings.epochs * len(pool.parts.gates)
+    steps = search_steps(settings, pool.parts)
     pace = pace_of(context, "search", steps)
-    with context.part("search", steps):
-        found = search_(
-            model,
-            gates,
-            by_group(ranked.scores),
-            network.cost,
-            objective_of(context, network, pool),
-            settings,
-            context.accelerator,
-            pool.parts.weights.from_step,
-            pool.parts.gates.from_step,
-            reference.seen(context.device),
-            pace=pace,
-            listener=context.listener,
-            snapshots=context.snapshots,
-        )
+    try:
+        with context.part("search", steps):
+            found = search_(
+                model,
+                gates,
+                by_group(ranked.scores),
+                network.cost,
+                objective_of(context, network, pool),
+                settings,
+                context.accelerator,
+                pool.parts.weights.from_step,
+                pool.parts.gates.from_step,
+                reference.seen(context.device),
+                pace=pace,
+                listener=context.listener,
+                snapshots=context.snapshots,
+            )
+    except DivergedError as error:
+        if settings.ranked_by == "equal":
+            raise
+        context.say(f"{error}; the plan of the scores is kept", True)
+        return None
     remove_gates_(model, gates)
     say_early(context, "search", pace, len(found.history))
     context.remember("search", found.history)
     for batches in (pool.parts.gates, pool.parts.weights):
         context.say_replaced(batches.stage, batches.replaced)
     context.say_waited("search", pool.parts.gates.waited + pool.parts.weights.waited)
-    return Searched(scores=by_site(found.scores), weights=model.state_dict() if settings.search_weight_lr > 0 else None)
+    return Searched(
+        scores=by_site(found.scores),
+        weights=model.state_dict() if settings.search_weight_lr > 0 else None,
+        steps=len(found.history),
+    )

@@ -26,7 +26,6 @@ class Stage(Generic[R]):
     after: tuple[str, ...]  # stages whose results it takes
     make: Callable[..., R]
     kept: Codec[R] | None = None  # how the result becomes files; None: it is made each time
-    finite: bool = True  # whether what is no finite number in its result ends the run; else the result tells it itself
     version: int = 1  # raised when the same settings give another result
     fingerprint: Callable[[R], str] | None = None  # of what it reads from outside, a file or images
 
@@ -97,7 +96,7 @@ def _made(stage: Stage[R], context: Context, found: Results, store: Store | None
         if stage.kept is None:
             return result
         packed = of_first(partial(stage.kept.pack, result))
-        if stage.finite and (name := packed.not_finite):
+        if name := packed.not_finite:
             raise DivergedError(
                 f"{stage.name}: {name} holds what are no finite numbers, as all that follows would; look at the "
                 "images and the weights, or try --device cpu"

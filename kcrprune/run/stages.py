@@ -1,6 +1,6 @@
 """The stages of a run, in order: the one table that says what each reads and what it follows from.
 
-The first stages, which refuse, the choice and the last one, which writes, are made each time; all others are kept.
+The first stages, which refuse, and the last one, which writes, are made each time; all others are kept.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from kcrprune.config import NETWORK
-from kcrprune.run import cutting, given, given_saving, measuring, opening, ranking, saving
+from kcrprune.run import cutting, given, given_saving, measuring, opening, ranking, saving, selecting
 from kcrprune.run.context import ALL
 from kcrprune.run.given import Source
 from kcrprune.run.stage import Stage
@@ -20,9 +20,10 @@ IMAGES: Final = (
 )
 ALLOWED: Final = ("axes", "include", "exclude", "round_to", "min_width")  # what may be cut
 RANKING: Final = ("ranked_by", "searches")
+SEARCHING: Final = ("searches", "searches_jointly", "search_steps", "recover_steps", "epochs")
 REFIT: Final = ("refit", "refit_ridge", "reconstruct_epochs", "reconstruct_lr")
 LOSSES: Final = ("task", "labels", "smoothing", "distill_temperature", "kernel_weight", "kernel_norm")
-TRAINING: Final = ("epochs", "weight_decay", "clip_grad", "kernel_rank", "kernel_every", "precision", "seed")
+TRAINING: Final = ("weight_decay", "clip_grad", "kernel_rank", "kernel_every", "precision", "seed")
 
 OPEN: Final = Stage(
     name="open",
@@ -81,8 +82,9 @@ TIGHTEN: Final = Stage(
 SEARCH: Final = Stage(
     name="search",
     reads=(
-        *("searches", "search_steps", "search_lr", "search_spread", "search_weight_lr"),
+        *("ranked_by", "search_lr", "search_spread", "search_weight_lr"),
         *("temperature", "temperature_floor", "target_flops", "max_minutes"),
+        *SEARCHING,
         *ALLOWED,
         *LOSSES,
         *TRAINING,
@@ -91,53 +93,45 @@ SEARCH: Final = Stage(
     make=ranking.search,
     kept=Codec(ranking.Searched | None),
 )
-CUT_SEARCHED: Final = Stage(
-    name="cut-searched",
-    reads=("target_flops", *ALLOWED, *REFIT, "distill_temperature", "seed"),
-    after=("open", "images", "balance", "tighten", "search"),
-    make=cutting.cut_searched,
-    kept=Codec(cutting.Cut | None),
-    finite=False,
+SELECT: Final = Stage(
+    name="select",
+    reads=("target_flops", "ranked_by", *ALLOWED, *REFIT, *LOSSES, "seed"),
+    after=("open", "images", "balance", "score", "tighten", "search"),
+    make=selecting.select,
+    kept=Codec(selecting.Selected),
 )
-CUT_SCORED: Final = Stage(
-    name="cut-scored",
-    reads=("target_flops", "ranked_by", *ALLOWED, *REFIT, "distill_temperature", "seed"),
-    after=("open", "images", "balance", "score", "tighten"),
-    make=cutting.cut_scored,
-    kept=Codec(cutting.Cut | None),
-    finite=False,
-)
-CHOOSE: Final = Stage(
-    name="choose",
-    reads=("ranked_by",),
-    after=("cut-searched", "cut-scored"),
-    make=cutting.choose,
+CUT: Final = Stage(
+    name="cut",
+    reads=("ranked_by", *REFIT, "distill_temperature", "seed"),
+    after=("open", "images", "balance", "tighten", "search", "select"),
+    make=cutting.cut,
+    kept=Codec(cutting.Cut),
 )
 RECOVER: Final = Stage(
     name="recover",
-    reads=("recover_steps", "lr", "warmup_steps", "keep_best", "max_minutes", *LOSSES, *TRAINING),
-    after=("open", "images", "dense", "choose"),
+    reads=("recover_steps", "epochs", "lr", "warmup_steps", "keep_best", "max_minutes", *LOSSES, *TRAINING),
+    after=("open", "images", "dense", "cut"),
     make=cutting.recover,
     kept=Codec(cutting.Recovery | None),
 )
 MEASURE: Final = Stage(
     name="measure",
     reads=("kernel_rank", "dtype"),
-    after=("open", "images", "dense", "choose", "recover"),
+    after=("open", "images", "dense", "cut", "recover"),
     make=saving.measure_pruned,
     kept=Codec(saving.Measured),
 )
 SAVE: Final = Stage(
     name="save",
     reads=ALL,
-    after=("open", "images", "dense", "choose", "recover", "measure"),
+    after=("open", "images", "dense", "cut", "recover", "measure"),
     make=saving.save,
 )
 
 REFUSALS: Final = (OPEN, TARGET, POOL, TASK)  # cheap; whatever can be refused is refused here, before there is a folder
 STAGES: Final = (
     *(*REFUSALS, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
-    *(CUT_SEARCHED, CUT_SCORED, CHOOSE, RECOVER, MEASURE, SAVE),
+    *(SELECT, CUT, RECOVER, MEASURE, SAVE),
 )
 
 

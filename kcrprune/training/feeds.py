@@ -84,8 +84,9 @@ def divide_feeds(feeds: Sequence[Feed], config: RunConfig, output_bytes: float) 
     total = sum(map(len, feeds))
     held_out = _first(drawn, min(HELD_OUT, total // 5, max(1, int(REMEMBERED / max(1.0, output_bytes)))))
     rest = drawn[len(held_out) :] or drawn
-    weights = rest[: max(1, min(round(config.search_split * len(rest)), len(rest) - 1))]
-    gates = rest[len(weights) :] or rest
+    jointly = config.search_split == 1
+    weights = rest if jointly else rest[: max(1, min(round(config.search_split * len(rest)), len(rest) - 1))]
+    gates = rest if jointly else rest[len(weights) :] or rest
     calibration: Any = _first(rest, config.calibration_images)
 
     def batches(of: Sequence[Feed], stage: str) -> Any:

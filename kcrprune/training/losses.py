@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from kcrprune import processes
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError
 from kcrprune.events import Listener, ignore
-from kcrprune.method.objective import Objective
+from kcrprune.method.objective import Loss, Objective
 from kcrprune.plan import Outputs
 from kcrprune.training.evaluate import Remembered, evaluating
 from kcrprune.training.portions import Portions
@@ -38,6 +39,9 @@ def make_objective(config: RunConfig, dense: nn.Module, *, labelled: bool, outpu
     )
 
 
+PART: Final = 32  # images; what the error of a difference is taken over
+
+
 class HeldOut:
     """Images that decide between networks: the mean task loss on them, without the kernel term.
 
@@ -52,25 +56,45 @@ class HeldOut:
         self.objective = replace(objective, dense=self.wanted, basis=None)
         self.batches, self.device = batches, device
 
-    @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
         """Mean over the images, of `model` in eval mode; its own mode comes back."""
+        sums = [torch.stack([loss.total, images]).double() for loss, images in self._parts(model)]
+        losses, images = processes.summed(sum(sums, torch.zeros(2, dtype=torch.float64, device=self.device))).tolist()
+        return losses / max(1, images)
+
+    def parts(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the loss is made of: of each part of the images, alike for all networks, sum and images (parts, 2)."""
+        of_own = [
+            {name: torch.stack([value, images]).tolist() for name, value in loss.parts.items()}
+            for loss, images in self._parts(model)
+        ]
+        rows = [row for rows in processes.of_all(of_own) for row in rows]
+        return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+
+    @torch.no_grad()
+    def _parts(self, model: nn.Module) -> list[tuple[Loss, Tensor]]:
+        """The loss of each part of this process's images, summed, and how many these are."""
         self.dense.rewind_()
-        total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        found = []
         with evaluating(model):
             for inputs, labels in self.batches:
                 batch = [tensor.to(self.device, non_blocking=True) for tensor in (inputs, labels)]
                 wanted = self.dense(batch[0]) if self.objective.use_dense else None
-                total += self.portions.of(len(inputs), partial(self._total, model, batch, wanted))
-                images += len(inputs)
-        return float(processes.summed(total)) / max(1, sum(processes.of_all(images)))
+                found += self.portions.of(len(inputs), partial(self._of_batch, model, batch, wanted))
+        return found
 
-    def _total(self, model: nn.Module, batch: Sequence[Tensor], wanted: Tensor | None, at_once: int) -> Tensor:
-        """The loss of a batch times its images, of parts of so many."""
+    def _of_batch(
+        self, model: nn.Module, batch: Sequence[Tensor], wanted: Tensor | None, at_once: int
+    ) -> list[tuple[Loss, Tensor]]:
+        """Those of a batch, of so many images at most."""
         if wanted is not None:
             self.wanted.show_(wanted)
-        parts = zip(*(tensor.split(at_once) for tensor in batch), strict=True)
-        return torch.stack([self.objective(model, *part).total * len(part[0]) for part in parts]).double().sum()
+        found = []
+        for part in zip(*(tensor.split(min(at_once, PART)) for tensor in batch), strict=True):
+            loss, images = self.objective(model, *part), len(part[0])
+            parts = {name: value * images for name, value in loss.parts.items()}
+            found.append((replace(loss, total=loss.total * images, parts=parts), loss.total.new_tensor(images)))
+        return found
 
 
 class _Rows:

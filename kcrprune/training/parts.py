@@ -50,6 +50,7 @@ def divide(images: Images, config: RunConfig) -> Parts:
     plain, held_out = split(images.calibrate, rest, config.seed, "held out")
     require_readable(len(held_out), held_out.__getitem__, config.loaders)  # type: ignore[arg-type]
     weights, gates = split(training, config.search_split, config.seed, "gates")
+    gates = training if config.search_split == 1 else gates
     plain = Replacing(plain, config.seed, "calibration")
     calibration = sample(plain, config.calibration_images, config.seed, "calibration")
     scoring = sample(calibration, config.score_images, config.seed, "scoring")

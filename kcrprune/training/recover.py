@@ -20,7 +20,7 @@ from kcrprune.training.features import KernelWatch
 from kcrprune.training.losses import HeldOut
 from kcrprune.training.pace import Pace
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
-from kcrprune.training.step import Training, train_
+from kcrprune.training.step import Training, decayed, train_
 
 CHECKS = 4  # how often the held-out loss is looked at
 
@@ -104,7 +104,7 @@ def recover_(
 def _training(
     model: nn.Module, objective: Objective, config: RunConfig, accelerator: Accelerator, pace: Pace, listener: Listener
 ) -> Training:
-    optimizer = torch.optim.AdamW(_decayed(model, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(decayed(model, config.weight_decay), lr=config.lr)
     return Training(
         "recover",
         partial(objective, model),
@@ -128,14 +128,3 @@ def _rate(step: float, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + cos(pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, norms, tokens and tables do not, as in timm. What a user has frozen is left out."""
-    exempt = getattr(model, "no_weight_decay", set)()
-    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if name in getattr(model, "frozen", ()):
-            continue
-        groups[parameter.ndim > 1 and name not in exempt and "table" not in name].append((name, parameter))
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]

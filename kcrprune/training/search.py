@@ -1,4 +1,4 @@
-"""The search: learns gate logits under the budget, and hands them back as scores.
+"""The search: learns gate logits under the budget, and hands them back as scores; it may train the weights as well.
 
 Logits live on the scale of a price: log of (score lost for a MAC saved). Shifting them all by one constant is raising
 or lowering that price, and after every step the constant is chosen so that the expected MACs are the budget. So the
@@ -26,7 +26,7 @@ from kcrprune.training.pace import Pace
 from kcrprune.training.randomness import generator
 from kcrprune.training.scores import prices
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots, State
-from kcrprune.training.step import Training
+from kcrprune.training.step import Training, decayed
 
 LIMIT = 3.0  # largest first logit, in standard deviations: bounds what is never given up, or gone already
 
@@ -82,13 +82,16 @@ def search_(
 ) -> Searched:
     """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0.
 
+    Then both learn from the same batch, in one backward pass, or in turns where `search_split` gives each its images.
     Both kinds of batches are given from a step on. `covariance` is that of the dense network's features.
     """
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
-    named = [(name, weight) for name, weight in model.named_parameters() if name not in getattr(model, "frozen", ())]
-    weights = [weight.requires_grad_(config.search_weight_lr > 0) for _, weight in named]
+    weights = _learned(model)
+    for weight in weights.values():
+        weight.requires_grad_(config.search_weight_lr > 0)
+    sampled = _Sampled(model, gates, objective, config, pace)
     training = partial(
         Training,
         device=accelerator.device,
@@ -98,21 +101,18 @@ def search_(
         autocast=accelerator.autocast,
         listener=listener,
     )
-    sampled = _Sampled(model, gates, objective, config, pace)
-    adamw = torch.optim.AdamW(named, lr=config.search_weight_lr, weight_decay=config.weight_decay)
-    adam = torch.optim.Adam([("gates", gates.logits)], lr=config.search_lr)
-    of_weights = training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)
-    of_gates = training("search", partial(sampled.loss, "gates"), adam, beside={"weights_": of_weights})
+    in_turn = _in_turn(training, sampled, weights, config)
+    of_gates = training("search", partial(sampled.loss, "gates"), _optimizer(model, gates, config), beside=in_turn)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
-    learned, parts = [gates.logits, *weights], {"weights": of_weights, "gates": of_gates, "watch": watch}
+    learned, parts = [gates.logits, *weights.values()], {**in_turn, "gates": of_gates, "watch": watch}
     _restore_(learned, parts, snapshots.newest())  # gates last: they set the pace
     drawn_weights, drawn_gates = weight_batches(of_gates.done), gate_batches(of_gates.done)
     while not pace.ended:
         sampled.step = of_gates.done
         figures: dict[str, Tensor | float] = {"temperature": sampled.temperature}
-        if config.search_weight_lr > 0:
+        for prefix, of_weights in in_turn.items():
             moved = of_weights.step_(next(drawn_weights))
-            figures |= {f"weights_{name}": value for name, value in moved.parts.items()}
+            figures |= {f"{prefix}{name}": value for name, value in moved.parts.items()}
         before = gates.logits.detach().clone()
         loss = of_gates.step_(next(drawn_gates))
         expected.follow_(gates.logits.data, before, budget)
@@ -122,6 +122,30 @@ def search_(
             snapshots.offer(partial(_state, learned, parts))
     model.requires_grad_(True)
     return Searched(learned_scores(gates, cost, scale), of_gates.history)
+
+
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a search may train, by name."""
+    frozen = getattr(model, "frozen", ())
+    return {name: weight for name, weight in model.named_parameters() if name not in frozen}
+
+
+def _in_turn(
+    training: Callable[..., Training], sampled: _Sampled, weights: dict[str, nn.Parameter], config: RunConfig
+) -> dict[str, Training]:
+    """What is trained between two steps of the gates, by the prefix of its figures: the weights, or nothing."""
+    if config.search_weight_lr == 0 or config.searches_jointly:
+        return {}
+    adamw = torch.optim.AdamW([*weights.items()], lr=config.search_weight_lr, weight_decay=config.weight_decay)
+    return {"weights_": training("search: weights", partial(sampled.loss, "gates of a weight step"), adamw)}
+
+
+def _optimizer(model: nn.Module, gates: Gates, config: RunConfig) -> torch.optim.Optimizer:
+    """Adam of the gates; where a step trains both, AdamW of the weights beside it, as in a recovery."""
+    if not config.searches_jointly:
+        return torch.optim.Adam([("gates", gates.logits)], lr=config.search_lr)
+    of_gates = {"params": [("gates", gates.logits)], "lr": config.search_lr, "weight_decay": 0.0}
+    return torch.optim.AdamW([*decayed(model, config.weight_decay), of_gates], lr=config.search_weight_lr)
 
 
 def _state(learned: Sequence[Tensor], parts: Mapping[str, Training | KernelWatch]) -> State:

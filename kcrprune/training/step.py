@@ -37,6 +37,20 @@ def train_(model: nn.Module) -> None:
             module.eval()
 
 
+def decayed(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The weights of a network for an optimiser; what a user has frozen is left out.
+
+    Matrices decay; biases, norms, tokens and tables do not, as in timm.
+    """
+    exempt = getattr(model, "no_weight_decay", set)()
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if name in getattr(model, "frozen", ()):
+            continue
+        groups[parameter.ndim > 1 and name not in exempt and "table" not in name].append((name, parameter))
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
 @dataclass
 class Training:
     """One stage that lowers a loss: its steps, and the figures that they leave in `history`.

@@ -1,6 +1,7 @@
 """The whole path on tiny networks: what a run leaves behind, and that it can be repeated and loaded elsewhere."""
 
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -23,6 +24,7 @@ from kcrprune.measure.bench import Bench
 from kcrprune.measure.macs import count_macs
 from kcrprune.plan import Axis, ChannelPlan, Outputs, Preprocessing
 from kcrprune.run import timed
+from kcrprune.run.selecting import Compared
 from tests.conftest import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
@@ -338,7 +340,9 @@ def test_a_new_classifier_learns_from_labels_alone_and_is_never_a_teacher(tmp_pa
     assert len(steps) == SHORT.recover_steps
     assert all("labels" in step and "distill" not in step for step in steps)
     with pytest.raises(ConfigError, match="a search that freezes it learns nothing: give search_weight_lr"):
-        pipeline.compress(path, config.model_copy(update={"search_steps": 3}), tmp_path / "other", ignore)
+        pipeline.compress(
+            path, config.model_copy(update={"search_steps": 3, "search_weight_lr": 0}), tmp_path / "other", ignore
+        )
     for wrong in ({"task": "distill"}, {"recover_steps": 0}, {"labels": False}):
         with pytest.raises(ConfigError, match="the classifier is new, so it must be trained"):
             pipeline.compress(path, config.model_copy(update=wrong), tmp_path / "other", ignore)
@@ -404,14 +408,39 @@ def test_a_dataset_without_a_folder_is_evaluated(checkpoint: Path, monkeypatch: 
     assert opened == ["hfds/x in None"]
 
 
-def test_a_search_that_trains_weights_leaves_the_plan_of_the_scores_alone(checkpoint: Path, tmp_path: Path):
-    distances = []
-    for name, options in {"search": {"search_steps": 3, "search_weight_lr": 0.01}, "none": {"search_steps": 0}}.items():
-        config = SHORT.model_copy(update={"data": str(image_folder(tmp_path / name)), "recover_steps": 0, **options})
-        folder = pipeline.compress(checkpoint, config, tmp_path / f"run-{name}", ignore).folder
-        found = json.loads((folder / "run.json").read_text())["decisions"]["plans"]["held_out_distillation"]
-        distances.append(found["scores"])
-    assert distances[0] == distances[1]
+def test_where_the_plan_of_the_scores_is_kept_the_run_is_one_without_a_search(checkpoint: Path, tmp_path: Path):
+    weights = []
+    for steps in (3, 0):
+        config = SHORT.model_copy(update={"search_steps": steps, "search_weight_lr": 0.01})
+        result = pipeline.compress(checkpoint, config, tmp_path / f"run-{steps}", ignore)
+        assert any("the scores' plan kept" in note for note in result.comparison.notes) == (steps > 0)
+        weights.append(open_model(result.folder).model.state_dict())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_where_the_searchs_plan_is_kept_its_weights_and_its_steps_go_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Compared, "lower", True)
+    networks = []
+    for rate in (0.0, 1e-2):
+        told = {"search_steps": 2, "search_lr": 5.0, "search_weight_lr": rate, "recover_steps": 3}
+        result = pipeline.compress(checkpoint, SHORT.model_copy(update=told), tmp_path / f"{rate}", ignore)
+        assert any(re.match("selection: 2 steps, [1-9].* kept$", note) for note in result.comparison.notes)
+        steps = [json.loads(line)["stage"] for line in (result.folder / "log.jsonl").read_text().splitlines()]
+        assert steps == ["search"] * 2 + ["recover"] * (1 if rate else 3)
+        decided = json.loads((result.folder / "run.json").read_text())["decisions"]
+        assert decided["plans"]["chosen"] == "search"
+        networks.append(open_model(result.folder).model)
+    moved = (networks[0].cls_token - networks[1].cls_token).abs().max()
+    assert moved > 5e-3, "no refit touches the class token, so that the search has trained it"
+
+
+def test_a_search_that_diverges_leaves_the_plan_of_the_scores(checkpoint: Path, tmp_path: Path):
+    wild = SHORT.model_copy(update={"search_weight_lr": 1e30, "recover_steps": 2})
+    result = pipeline.compress(checkpoint, wild, tmp_path / "run", ignore)
+    assert any(re.match(r"search, step \d: .* the plan of the scores is kept$", n) for n in result.comparison.notes)
+    assert json.loads((result.folder / "run.json").read_text())["decisions"]["plans"]["chosen"] == "scores"
 
 
 @pytest.mark.gpu

@@ -25,8 +25,8 @@ from kcrprune.training.parts import divide
 from tests.pipeline.test_compress import SHORT, image_folder, save
 
 PARTS = (
-    *("load", "measure dense", "balance", "order", "score", "refit (to 0.89)", "search", "refit (search)"),
-    *("refit (scores)", "measure cut", "recover", "measure pruned", "save"),
+    *("load", "measure dense", "balance", "order", "score", "refit (to 0.89)", "search", "refit (first look, scores)"),
+    *("refit (first look, search)", "refit (scores)", "measure cut", "recover", "measure pruned", "save"),
 )
 SAME = ("model.safetensors", "plan.json", "config.toml", "log.jsonl")
 
@@ -73,7 +73,8 @@ def assert_same_run(folder: Path, other: Path):
 
 def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(checkpoint, tmp_path):
     images = str(image_folder(tmp_path / "images"))
-    config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, "search_weight_lr": 0.01, "search_steps": 2})
+    searched = {"search_steps": 2, "search_lr": 5.0, "search_weight_lr": 0.01}
+    config = SHORT.model_copy(update={"data": images, "tighten_steps": 2, **searched})
     whole = Watch()
     pipeline.compress(checkpoint, config, tmp_path / "apart" / "whole", whole)
     assert list(dict.fromkeys(whole.parts)) == list(PARTS)
@@ -92,7 +93,7 @@ def test_a_run_that_is_stopped_at_each_of_its_parts_ends_as_one_that_is_not(chec
 
 
 def test_a_long_stage_goes_on_from_its_snapshot(checkpoint, finished, tmp_path):
-    stops = (("search", 2), ("search", 3), ("refit (search)", 2), ("refit (scores)", 2), ("recover", 3))
+    stops = (("search", 2), ("search", 3), ("refit (scores)", 2), ("recover", 3))
     for stage, step in stops:
         told = Watch(stage, step)
         with pytest.raises(KeyboardInterrupt):
@@ -172,8 +173,10 @@ def test_a_new_run_takes_over_what_another_one_beside_it_has_finished(checkpoint
     told = Watch()
     pipeline.compress(checkpoint, changed, tmp_path / "second", told)
     assert told.parts == ["load", "measure cut", "recover", "measure pruned", "save"]
-    taken = "measure dense, balance, order, score, search, refit (search), refit (scores)"
-    assert f"taken over from first (which differs in lr): {taken}; what follows is made anew" in told.notes
+    taken = "measure dense, balance, order, score, search, refit (first look, scores), refit (first look, search)"
+    assert (
+        f"taken over from first (which differs in lr): {taken}, refit (scores); what follows is made anew" in told.notes
+    )
     anew = Watch()
     pipeline.compress(checkpoint, changed, tmp_path / "third", anew, fresh=True)
     assert anew.parts[:3] == ["load", "measure dense", "balance"]

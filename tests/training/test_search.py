@@ -19,10 +19,11 @@ from kcrprune.method.objective import Objective, feature_distance, logit_distanc
 from kcrprune.method.shift import ExpectedMacs
 from kcrprune.plan import AXES, Axis
 from kcrprune.training import precision
-from kcrprune.training.features import feature_covariance
+from kcrprune.training.features import KernelWatch, feature_covariance
 from kcrprune.training.losses import make_objective
 from kcrprune.training.pace import Pace
 from kcrprune.training.precision import open_accelerator
+from kcrprune.training.randomness import generator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
 from kcrprune.training.search import learned_scores, search_, start_logits_
@@ -41,8 +42,8 @@ def from_step(tiny: Tiny, seed: int = 0) -> Callable[[int], Iterator[Any]]:
     return lambda step: islice(cycle(batches(tiny, seed)), step, None)
 
 
-def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 1000):
-    """What a search finds where memory suffices for so many images at once."""
+def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 1000, steps: int = 5):
+    """What a search of some steps finds where memory suffices for so many images at once."""
     config = config.model_copy(update={"target_flops": tiny.target})
     dense = tiny.model()
     cost = cost_of(dense, tiny)
@@ -68,7 +69,7 @@ def searched(tiny: Tiny, config: RunConfig, events: list[Event], at_once: int = 
         from_step(tiny, 1),
         from_step(tiny, 2),
         feature_covariance(dense, [tiny.images(8)]),
-        pace=Pace(5),
+        pace=Pace(steps),
         listener=events.append,
     )
     return dense, model, gates, found
@@ -87,23 +88,61 @@ def test_the_budget_is_met_at_every_step_and_every_figure_is_told(tiny: Tiny):
 
 
 def test_same_seed_same_logits_and_frozen_weights(tiny_vit: Tiny):
-    first, second = (searched(tiny_vit, CONFIG, []) for _ in range(2))
+    frozen = CONFIG.model_copy(update={"search_weight_lr": 0.0})
+    first, second = (searched(tiny_vit, frozen, []) for _ in range(2))
     assert torch.equal(first[2].logits, second[2].logits)
     dense, model = first[0].state_dict(), first[1].state_dict()
     assert all(torch.equal(dense[name], model[name]) for name in dense)
     assert first[2].logits.any()
 
 
-def test_a_search_in_parts_of_a_batch_is_that_of_whole_batches(tiny_vit: Tiny):
-    config = CONFIG.model_copy(update={"search_weight_lr": 1e-4, "kernel_weight": 0.0})
+@pytest.mark.parametrize("split", [0.7, 1.0], ids=["in turns", "together"])
+def test_a_search_in_parts_of_a_batch_is_that_of_whole_batches(tiny_vit: Tiny, split: float):
+    config = CONFIG.model_copy(update={"search_weight_lr": 1e-4, "search_split": split, "kernel_weight": 0.0})
     whole, parts = (searched(tiny_vit, config, [], at_once)[2] for at_once in (1000, 2))
     assert torch.allclose(whole.logits, parts.logits, atol=1e-3)
 
 
-def test_weights_learn_when_they_are_asked_to(tiny_vit: Tiny):
-    dense, model, *_ = searched(tiny_vit, CONFIG.model_copy(update={"search_weight_lr": 1e-3}), [])
+def test_weights_learn_in_turns_where_they_have_images_of_their_own(tiny_vit: Tiny):
+    events: list[Event] = []
+    in_turns = CONFIG.model_copy(update={"search_weight_lr": 1e-3, "search_split": 0.7})
+    dense, model, *_ = searched(tiny_vit, in_turns, events)
     moved = model.state_dict()
     assert any(not torch.equal(value, moved[name]) for name, value in dense.state_dict().items())
+    told = [event.values for event in events if isinstance(event, StepDone)]
+    assert all(values["weights_loss"] != values["loss"] for values in told), "of other gates and other images"
+
+
+def test_a_step_of_both_is_one_of_adam_on_gates_and_of_adamw_on_weights_by_the_same_gradient(tiny_vit: Tiny):
+    config = CONFIG.model_copy(update={"search_weight_lr": 1e-3, "clip_grad": 1.0})
+    dense, model, gates, _ = searched(tiny_vit, config, [], steps=1)
+    cost, ours = cost_of(dense, tiny_vit), copy.deepcopy(dense)
+    own = gated(ours, config.axes)
+    start_logits_(
+        own,
+        fisher_scores(ours, own, [tiny_vit.images(4)], torch.Generator().manual_seed(0)),
+        cost,
+        config.search_spread,
+    )
+    expected, budget = ExpectedMacs(cost, own), tiny_vit.target * cost.dense
+    expected.shift_(own.logits.data, budget)
+    before, weights = own.logits.detach().clone(), dict(ours.requires_grad_(True).named_parameters())
+    objective = make_objective(config, dense, labelled=True)
+    KernelWatch(objective, feature_covariance(dense, [tiny_vit.images(8)]), config.kernel_rank, config.kernel_every)
+    own.sample_(
+        config.temperature, torch.rand(own.logits.shape, generator=generator(config.seed, "search", 0, "gates"))
+    )
+    objective(ours, *next(from_step(tiny_vit, 2)(0))).total.backward()
+    torch.nn.utils.clip_grad_norm_([own.logits, *weights.values()], config.clip_grad)
+    decays = {name for name, weight in weights.items() if weight.ndim > 1 and name not in ours.no_weight_decay()}
+    for names, decay in ((decays, config.weight_decay), (weights.keys() - decays, 0.0)):
+        torch.optim.AdamW([weights[name] for name in names], lr=1e-3, weight_decay=decay).step()
+    torch.optim.Adam([own.logits], lr=config.search_lr).step()
+    expected.follow_(own.logits.data, before, budget)
+    assert torch.allclose(gates.logits, own.logits, atol=1e-5)
+    for name, weight in model.named_parameters():
+        assert torch.allclose(weight, weights[name], atol=1e-6), name
+    assert not torch.equal(gates.logits, before)
 
 
 def test_logits_start_in_the_order_of_score_for_a_mac_and_come_back_as_scores(tiny_vit: Tiny):
