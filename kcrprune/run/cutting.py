@@ -8,6 +8,7 @@ from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.deadline import pace_of, recovery_steps, say_early
 from kcrprune.run.measuring import Reference, accuracy_on
+from kcrprune.run.memory import back_at_once
 from kcrprune.run.opening import Network, Pool, Weights, objective_of
 from kcrprune.run.ranking import Searched, Tightened, refit
 from kcrprune.run.selecting import Selected, distance_of, searched_network
@@ -86,6 +87,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
         context.say(f"after cut and refit, before recovery: top-1 {100 * accuracy.top1:.2f} %")
     if accuracy is not None and accuracy.distance is not None:
         context.say(f"after cut and refit, before recovery: relative squared distance {accuracy.distance:.4g}")
+    at_once = back_at_once(context, "recover", model, pool.parts.calibration)
     pace = pace_of(context, "recover", steps)
     with context.part("recover", steps):
         found = recover_(
@@ -99,6 +101,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             pace=pace,
             listener=context.listener,
             snapshots=context.snapshots,
+            at_once=at_once,
         )
     say_early(context, "recover", pace, len(found.history))
     _remember(context, found)

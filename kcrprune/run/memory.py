@@ -35,8 +35,8 @@ def room(context: Context, device: torch.device) -> float:
     return max(0.0, asked * 2**30 - taken)
 
 
-def back_at_once(context: Context, model: nn.Module, batches: Sequence[Any]) -> int | None:
-    """How many images may pass forward and back at a time: as many as half of the memory has room for; None: any batch.
+def back_at_once(context: Context, what: str, model: nn.Module, batches: Sequence[Any]) -> int | None:
+    """How many images may pass forward and back at a time in `what`, as half of the memory holds; None: any batch.
 
     Of `max_memory`, or of the machine's as a whole, so that what else runs there changes no rounding. A GPU says itself
     when it is full.
@@ -50,7 +50,7 @@ def back_at_once(context: Context, model: nn.Module, batches: Sequence[Any]) -> 
     fitting = max(1, int(1 + (half - first) / of_each))
     if fitting >= max(map(len, batches)):
         return None
-    context.tell(f"order and score: {fitting} images pass forward and back at once, which half of the memory holds")
+    context.tell(f"{what}: {fitting} images pass forward and back at once, which half of the memory holds")
     return fitting
 
 

@@ -93,7 +93,8 @@ def score(context: Context, network: Network, pool: Pool, balanced: Weights | No
 def _ranked(context: Context, network: Network, pool: Pool, model: nn.Module) -> Ranked:
     settings, opened, scoring = context.settings, allowed(context, network).opened, pool.parts.scoring
     innovations: dict[str, Innovations] = {}
-    plain, at_once = plain_pass(context, network, scoring), back_at_once(context, model, scoring)
+    plain = plain_pass(context, network, scoring)
+    at_once = back_at_once(context, "order and score", model, scoring)
     if settings.ranked_by == "innovation":
         with context.part("order", plain_pass=plain):
             space = OF_SUMS * room(context, context.device)
@@ -212,6 +213,7 @@ def search(
             context.say("no search: it would take its steps out of those of the recovery, and recover_steps is 0")
         return None
     model = tightened.model(network) if tightened else network.with_weights(balanced)  # may be trained as well
+    at_once = back_at_once(context, "search", model, pool.parts.calibration)
     ranked = tightened.ranked if tightened else ranked
     innovations = {
         name: Innovations(**{part: tensor.to(context.device) for part, tensor in parts.items()})
@@ -236,6 +238,7 @@ def search(
                 pace=pace,
                 listener=context.listener,
                 snapshots=context.snapshots,
+                at_once=at_once,
             )
     except DivergedError as error:
         if settings.ranked_by == "equal":

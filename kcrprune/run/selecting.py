@@ -113,7 +113,8 @@ def _first_look(
     """The plans of the scores and of the search cut out of the same network, so that nothing else differs."""
     few = pool.parts.calibration[: ceil(LOOKED_AT * len(pool.parts.calibration))]
     objective = replace(objective_of(context, network, pool), use_dense=True)
-    measure, found = HeldOut(objective, pool.parts.held_out, context.device, context.listener), []
+    measure = HeldOut(objective, pool.parts.held_out, context.device, context.listener)
+    found = list[dict[str, Tensor]]()
     for name, plan in zip(("scores", "search"), plans, strict=True):
         model, goal = whole()
         pruned = cut_(model, plan)

@@ -61,16 +61,17 @@ def recover_(
     pace: Pace,
     listener: Listener,
     snapshots: Snapshots = NO_SNAPSHOTS,
+    at_once: int | None = None,
 ) -> Recovered:
     """Trains `model` at a pace; it ends with the weights that did best on `held_out`, its first ones included.
 
-    `batches` gives those from a step on. Without `config.keep_best` it ends with the last weights. A training that
-    diverges is stopped, and ends with the best of those before.
+    `batches` gives those from a step on, which are taken `at_once` images at a time. Without `config.keep_best` it ends
+    with the last weights. A training that diverges is stopped, and ends with the best of those before.
 
     AdamW, linear warm-up, then cosine to zero. A network that a refit has brought near the dense one loses by a rate
     of 5e-5 and more, hence the small default and the look back.
     """
-    training = _training(model, objective, config, accelerator, pace, listener)
+    training = _training(model, objective, config, accelerator, pace, listener, at_once)
     watch = KernelWatch(objective, covariance, config.kernel_rank, config.kernel_every)
     measure, stopped = HeldOut(objective, held_out, accelerator.device, listener), None
     if (state := snapshots.newest()) is not None:
@@ -102,7 +103,13 @@ def recover_(
 
 
 def _training(
-    model: nn.Module, objective: Objective, config: RunConfig, accelerator: Accelerator, pace: Pace, listener: Listener
+    model: nn.Module,
+    objective: Objective,
+    config: RunConfig,
+    accelerator: Accelerator,
+    pace: Pace,
+    listener: Listener,
+    at_once: int | None,
 ) -> Training:
     optimizer = torch.optim.AdamW(decayed(model, config.weight_decay), lr=config.lr)
     return Training(
@@ -116,6 +123,7 @@ def _training(
         config.clip_grad,
         accelerator.autocast,
         listener,
+        at_once,
     )
 
 

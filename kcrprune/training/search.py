@@ -79,11 +79,13 @@ def search_(
     pace: Pace,
     listener: Listener,
     snapshots: Snapshots = NO_SNAPSHOTS,
+    at_once: int | None = None,
 ) -> Searched:
     """Learns the gates of a gated model, starting at `scores`; weights move only with a search_weight_lr above 0.
 
     Then both learn from the same batch, in one backward pass, or in turns where `search_split` gives each its images.
-    Both kinds of batches are given from a step on. `covariance` is that of the dense network's features.
+    Both kinds of batches are given from a step on, and taken `at_once` images at a time. `covariance` is that of the
+    dense network's features.
     """
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
@@ -100,6 +102,7 @@ def search_(
         clip_grad=config.clip_grad,
         autocast=accelerator.autocast,
         listener=listener,
+        at_once=at_once,
     )
     in_turn = _in_turn(training, sampled, weights, config)
     of_gates = training("search", partial(sampled.loss, "gates"), _optimizer(model, gates, config), beside=in_turn)

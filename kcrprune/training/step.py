@@ -71,6 +71,7 @@ class Training:
     clip_grad: float = inf  # largest gradient norm
     autocast: Callable[..., AbstractContextManager] = nullcontext
     listener: Listener = ignore
+    at_once: int | None = None  # images, of which that many fit the memory for sure; None: of a whole batch, until not
     done: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     beside: Mapping[str, "Training"] = field(default_factory=dict)  # trainings told of here, by the prefix of figures
@@ -79,7 +80,7 @@ class Training:
     _unread: list[dict[str, Tensor | float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._portions = Portions(self.stage, self.device, self.listener)
+        self._portions = Portions(self.stage, self.device, self.listener, self.at_once)
 
     def step_(self, batch: Batch) -> Loss:
         """Moves what the optimiser holds by one batch; nothing here waits for the device."""

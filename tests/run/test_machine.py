@@ -46,7 +46,7 @@ def test_half_of_the_memory_bounds_the_images_that_pass_back_at_once():
     context: Any = SimpleNamespace(device=torch.device("cpu"), tell=told.append)
     for gibibytes, expected in ((1.0, None), (2 * 10 * 4096 / 2**30, 10), (1e-9, 1)):
         context.settings = SimpleNamespace(max_memory=gibibytes)
-        assert back_at_once(context, model, batches) == expected
+        assert back_at_once(context, "search", model, batches) == expected
     assert len(told) == 2
 
 

@@ -79,6 +79,14 @@ def test_a_batch_that_does_not_fit_is_taken_in_parts_and_the_step_is_the_same(at
     assert len(notes) == {4: 1, 2: 2, 1: 3}[parts]  # once for each halving, not for each step
 
 
+def test_a_batch_of_which_it_is_known_how_much_fits_is_never_taken_whole():
+    whole, in_parts, events = network(), network(), list[Event]()
+    run_(training(whole), 3)
+    run_(training(in_parts, squares(in_parts, at_once=3), at_once=3, listener=events.append), 3)
+    assert_near(whole, in_parts, 1e-6)
+    assert not any(isinstance(event, Note) for event in events)
+
+
 def test_a_cpu_that_says_so_in_its_own_words_is_out_of_memory_too_and_other_errors_are_none():
     model = network()
     plain, asked = squares(model), []
