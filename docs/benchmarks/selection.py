@@ -1,7 +1,7 @@
 """What the selection of a default run does: does the search's plan win, by how much, and at what price?
 
     OMP_NUM_THREADS=1 python docs/benchmarks/selection.py --cache CACHE --out RESULTS [--networks deit swin]
-        [--targets 0.7 0.5 0.35] [--seeds 42 43 44] [--steps 20] [--kernel-weights 0.1] [--no-labels]
+        [--targets 0.7 0.5 0.35] [--seeds 42 43 44] [--steps 16] [--kernel-weights 0.1] [--no-labels]
 
 For every network, target and seed the stages of a run up to the one that selects a plan: weights and gates train
 together for so many steps, both plans are cut out of what that leaves, refitted on a fourth of the calibration images,
@@ -159,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=["deit", "swin"])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.35])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--steps", nargs="+", type=int, default=[20])
+    parser.add_argument("--steps", nargs="+", type=int, default=[load_config().search_steps])
     parser.add_argument("--kernel-weights", nargs="+", type=float, default=[0.1])
     parser.add_argument("--no-labels", action="store_true")
     given = parser.parse_args(words)
