@@ -163,7 +163,7 @@ class RunConfig(Frozen):
     )
 
     # search and recovery
-    search_steps: NonNegativeInt = Field(default=20, description="Steps of a search from the scores on; 0: none.")
+    search_steps: NonNegativeInt = Field(default=16, description="Steps of a search from the scores on; 0: none.")
     search_lr: PositiveFloat = Field(default=0.05, description="Learning rate of the gates.")
     search_spread: Annotated[float, Field(gt=0, le=1e4)] = Field(
         default=8.0, description="Standard deviation of the first logits; the larger, the fewer gates are undecided."

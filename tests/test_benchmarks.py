@@ -5,7 +5,10 @@ import io
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -47,6 +50,7 @@ def scripts(monkeypatch):
         "progressive",
         "real_path",
         "refit_parts",
+        "selection",
         "train",
     ):
         sys.modules.pop(name, None)
@@ -487,6 +491,35 @@ def test_a_trial_of_the_kernel_term_acts_on_the_features_that_it_names(noise, tm
     assert rows["weight 1"][2] == f"{losses['weight 1'] - without:+.4f}"
     kept = (tmp_path / "results" / "seed0" / "weight_1.json").read_text()
     assert bench.outcome(kernel_where.TRIALS[3], seed=0).test["loss"] == json.loads(kept)["test"]["loss"]
+
+
+def test_a_selection_shows_both_plans_and_the_networks_where_they_differ():
+    import selection  # type: ignore[import-not-found]
+
+    cell = selection.Cell("deit", 0.35, 42, steps=20, kernel_weight=0.1, labels=True)
+    looked = {"scores": 0.01252, "search": 0.01238, "added": -0.00014, "error": 0.00032}
+    told = {"moved": 22, "channels": 3456, "kept": False, "distance": looked}
+    [scores, search] = selection.to_table(
+        {
+            cell: selection.Row(told),
+            replace(cell, steps=200): selection.Row(
+                told | {"kept": True}, {"loss": (-0.01, 0.004), "top1": (0.5, 0.2)}
+            ),
+        }
+    ).rows
+    assert scores[6:] == ("22 of 3,456", "-", "0.01252, -0.00014 ± 0.00032", "scores", "the same", "the same")
+    assert search[9:] == ("search", "-0.01 ± 0.004", "+0.5 ± 0.2")
+    assert replace(cell, steps=200).settings["recover_steps"] == 400, "half of the steps follow the cut"
+
+    images, labels = torch.zeros(4, 10), torch.tensor([0, 1, 2, 3])
+    ours, theirs = torch.eye(4, 10) * 5, torch.eye(4, 10).roll(1, 1) * 5
+    network = SimpleNamespace(dense=lambda _: ours)
+    pool = SimpleNamespace(parts=SimpleNamespace(evaluation=[(images, labels)]))
+    models = [MagicMock(**{"eval.return_value": lambda _, of=of: of}) for of in (ours, theirs)]
+    found = selection.compared(network, pool, *models)
+    assert found["top1"] == (100, 0)
+    assert found["distance"][0] < 0
+    assert found["loss"][0] == pytest.approx(-5, abs=1e-4)
 
 
 def test_stages_with_a_search_in_each_start_from_the_plain_run(noise, tmp_path):

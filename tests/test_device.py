@@ -206,8 +206,10 @@ def test_order_and_scores_draw_labels_once_a_batch(bench: Bench):
 # trainings
 
 
-def test_a_step_of_the_search_waits_for_nothing(bench: Bench):
-    model, config = copy.deepcopy(bench.dense), CONFIG.model_copy(update={"search_weight_lr": 1e-4})
+@pytest.mark.parametrize("split", [0.7, 1.0], ids=["in turns", "together"])
+def test_a_step_of_the_search_waits_for_nothing(bench: Bench, split: float):
+    told = {"search_weight_lr": 1e-4, "search_split": split}
+    model, config = copy.deepcopy(bench.dense), CONFIG.model_copy(update=told)
     opened = open_groups(model, ("mlp_hidden", "attn_query", "attn_value"))
     innovations = innovations_of(model, opened, bench.batches(1), draw())
     gates = add_gates_(model, bench.contract.groups, open_groups(model), innovations=innovations)
@@ -221,12 +223,13 @@ def test_a_step_of_the_search_waits_for_nothing(bench: Bench):
         config,
         ON_DEVICE,
         batches,
-        lambda step: cycle(bench.loader()),
+        batches if split == 1 else lambda step: cycle(bench.loader()),
         feature_covariance(bench.dense, bench.batches(2)),
         pace=Pace(STEPS),
         listener=ignore,
     )
-    require_free_steps([*steps[1:], bench.counts], up=6)  # images, labels and noise, for the weights and for the gates
+    # images, labels and noise, for both or for the weights and for the gates
+    require_free_steps([*steps[1:], bench.counts], up=3 if split == 1 else 6)
 
 
 def test_a_step_of_the_recovery_waits_for_nothing(bench: Bench):

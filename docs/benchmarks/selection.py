@@ -1,21 +1,19 @@
 """What the selection of a default run does: does the search's plan win, by how much, and at what price?
 
     OMP_NUM_THREADS=1 python docs/benchmarks/selection.py --cache CACHE --out RESULTS [--networks deit swin]
-        [--targets 0.7 0.5 0.35] [--seeds 42 43 44] [--steps 20] [--kernel-weights 0.1] [--no-labels]
+        [--targets 0.7 0.5 0.35] [--seeds 42 43 44] [--steps 16] [--kernel-weights 0.1] [--no-labels]
 
 For every network, target and seed the stages of a run up to the one that selects a plan: weights and gates train
 together for so many steps, both plans are cut out of what that leaves, refitted on a fourth of the calibration images,
 and compared on held-out images, paired. Where the plan of the scores is kept, the run goes on as one without a search
 and ends with its very network, so nothing is left to compare. Where that of the search is kept, both runs are made to
-their ends and compared on the first test images, paired. Times are CPU times. What several rows share, the dense
-network's figures, balance and scores, is made once and kept below RESULTS, as are finished rows. The table is
-RESULTS/selection.md.
+their ends and compared on the first test images, paired. What several rows share, the dense network's figures, balance
+and scores, is made once and kept below RESULTS, as are finished rows. The table is RESULTS/selection.md.
 """
 
 import argparse
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -42,7 +40,7 @@ from kcrprune.run.store import Store
 TEST_IMAGES = 2000
 HEADER = (
     "network", "target", "task", "kernel weight", "steps", "seed", "channels moved", "task loss", "distance", "kept",
-    "on test images: loss", "top-1", "CPU time of search and look",
+    "on test images: loss", "top-1",
 )  # fmt: skip
 log = logging.getLogger("selection")
 
@@ -70,23 +68,19 @@ class Row:
     """What a search came to; differences are the search's less the scores', with standard errors."""
 
     selection: dict[str, Any]  # as in a run's record
-    seconds: float  # CPU time of the search and the first look
     test: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the recovered networks, where they differ
 
 
 def measured(cell: Cell, data: Path, folder: Path) -> Row:
     """The stages of a run up to the selection, and the rest where it matters."""
     folder.mkdir(parents=True, exist_ok=True)
-    run(cell, data, folder, "tighten")
-    start = time.process_time()
     context, found = run(cell, data, folder, "select")
-    seconds = time.process_time() - start
-    selection = context.told().decisions.get("selection", {})
-    if not selection.get("kept"):
-        return Row(selection, seconds)
+    selection = context.told().decisions["selection"]
+    if not selection["kept"]:
+        return Row(selection)
     network, pool = found["open"], found["images"]
     recovered = [recovered_by(cell, data, folder, searching=searching) for searching in (True, False)]
-    return Row(selection, seconds, compared(network, pool, *recovered))
+    return Row(selection, compared(network, pool, *recovered))
 
 
 def run(cell: Cell, data: Path, folder: Path, last: str, **further: Any) -> tuple[Context, Results]:
@@ -145,11 +139,10 @@ def line(cell: Cell, row: Row) -> tuple[str, ...]:
         f"{cell.kernel_weight:g}",
         str(cell.steps),
         str(cell.seed),
-        row.selection["moved"].removesuffix(" channels moved"),
+        f"{row.selection['moved']:,} of {row.selection['channels']:,}",
         *(before[name] + added[name] if name in added else ABSENT for name in ("task loss", "distance")),
         "search" if row.selection["kept"] else "scores",
         *(told(*row.test[name]) if row.test else "the same" for name in ("loss", "top1")),
-        f"{row.seconds:.0f} s",
     )
 
 
@@ -166,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=["deit", "swin"])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.35])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--steps", nargs="+", type=int, default=[20])
+    parser.add_argument("--steps", nargs="+", type=int, default=[load_config().search_steps])
     parser.add_argument("--kernel-weights", nargs="+", type=float, default=[0.1])
     parser.add_argument("--no-labels", action="store_true")
     given = parser.parse_args(words)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf, isfinite, sqrt
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor, nn
 
@@ -62,8 +62,14 @@ class Compared:
             return True
         return self.added < -self.error
 
+    def told(self) -> dict[str, float | None]:
+        """Its figures; None for what is no finite number."""
+        figures = {"scores": self.scores, "search": self.search, "added": self.added, "error": self.error}
+        return {name: figure if isfinite(figure) else None for name, figure in figures.items()}
+
     def __str__(self) -> str:
-        return f"{self.name} {self.scores:.4g} to {self.search:.4g} (± {self.error:.2g})"
+        error = f"± {self.error:.2g}" if isfinite(self.error) else "too few images to tell"
+        return f"{self.name} {self.scores:.4g} to {self.search:.4g} ({error})"
 
 
 def select(
@@ -92,7 +98,7 @@ def select(
             )
         kept = bool(figures) and all(figure.lower for figure in figures)
         channels = sum(group.heads * group.width for group in allowed(context, network).opened)
-        _tell(context, searched.steps, f"{moved:,} of {channels:,} channels moved", figures, kept=kept)
+        _tell(context, {"steps": searched.steps, "moved": moved, "channels": channels}, figures, kept=kept)
         selected = Selected(plan=plans[kept], searched=kept)
     glimpsed = glimpse(pool.parts.calibration[0]).to(context.device)
     require_certificate(network.dense, network.groups, selected.plan, glimpsed)
@@ -147,15 +153,13 @@ def distance_of(context: Context, network: Network) -> Objective:
     return make_objective(plain, network.followed, labelled=False, outputs=network.outputs)
 
 
-def _tell(context: Context, steps: int, moved: str, figures: list[Compared], *, kept: bool) -> None:
+def _tell(context: Context, counts: dict[str, int], figures: list[Compared], *, kept: bool) -> None:
     """One sentence, and the figures in it."""
-    verdict = (
-        "kept"
-        if kept
-        else "not better by more than the error, the scores' plan kept"
-        if figures
-        else "the scores' plan kept"
-    )
-    context.say(f"selection: {', '.join([f'{steps:,} steps', moved, *map(str, figures), verdict])}")
-    told: dict[str, Any] = {"steps": steps, "moved": moved, "kept": kept}
-    context.record.decisions["selection"] = told | {figure.name: vars(figure) for figure in figures}
+    told = ["{steps:,} steps", "{moved:,} of {channels:,} channels moved"]
+    verdict = "" if kept else "not better by more than the error, the scores' plan " if figures else "the scores' plan "
+    context.say(f"selection: {', '.join([*told, *map(str, figures), verdict + 'kept'])}".format(**counts))
+    context.record.decisions["selection"] = {
+        **counts,
+        "kept": kept,
+        **{figure.name: figure.told() for figure in figures},
+    }

@@ -58,21 +58,25 @@ class HeldOut:
 
     def loss(self, model: nn.Module) -> float:
         """Mean over the images, of `model` in eval mode; its own mode comes back."""
-        sums = [torch.stack([loss.total, images]).double() for loss, images in self._parts(model)]
-        losses, images = processes.summed(sum(sums, torch.zeros(2, dtype=torch.float64, device=self.device))).tolist()
-        return losses / max(1, images)
+        total, images = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for loss, count in self._parts(model):
+            total += loss.total.double()
+            images += count
+        return float(processes.summed(total)) / max(1, sum(processes.of_all(images)))
 
     def parts(self, model: nn.Module) -> dict[str, Tensor]:
         """What the loss is made of: of each part of the images, alike for all networks, sum and images (parts, 2)."""
-        of_own = [
-            {name: torch.stack([value, images]).tolist() for name, value in loss.parts.items()}
-            for loss, images in self._parts(model)
-        ]
-        rows = [row for rows in processes.of_all(of_own) for row in rows]
-        return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+        found = self._parts(model)
+        sums = torch.stack([torch.stack([*loss.parts.values()]) for loss, _ in found]).tolist()
+        own = [(row, images) for row, (_, images) in zip(sums, found, strict=True)]
+        rows = [row for rows in processes.of_all(own) for row in rows]
+        return {
+            name: torch.tensor([(row[place], images) for row, images in rows], dtype=torch.float64)
+            for place, name in enumerate(found[0][0].parts)
+        }
 
     @torch.no_grad()
-    def _parts(self, model: nn.Module) -> list[tuple[Loss, Tensor]]:
+    def _parts(self, model: nn.Module) -> list[tuple[Loss, int]]:
         """The loss of each part of this process's images, summed, and how many these are."""
         self.dense.rewind_()
         found = []
@@ -85,7 +89,7 @@ class HeldOut:
 
     def _of_batch(
         self, model: nn.Module, batch: Sequence[Tensor], wanted: Tensor | None, at_once: int
-    ) -> list[tuple[Loss, Tensor]]:
+    ) -> list[tuple[Loss, int]]:
         """Those of a batch, of so many images at most."""
         if wanted is not None:
             self.wanted.show_(wanted)
@@ -93,7 +97,7 @@ class HeldOut:
         for part in zip(*(tensor.split(min(at_once, PART)) for tensor in batch), strict=True):
             loss, images = self.objective(model, *part), len(part[0])
             parts = {name: value * images for name, value in loss.parts.items()}
-            found.append((replace(loss, total=loss.total * images, parts=parts), loss.total.new_tensor(images)))
+            found.append((replace(loss, total=loss.total * images, parts=parts), images))
         return found
 
 

@@ -117,7 +117,7 @@ def test_of_equal_scores_the_search_makes_the_plan(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "searching", "recovering"),
     [
-        ({}, 20, 40),
+        ({}, 16, 44),
         ({"recover_steps": 10}, 10, 0),
         ({"search_steps": 30, "epochs": 2}, 25, 25),
         ({"search_weight_lr": 0.0, "epochs": 2}, 50, 50),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,7 @@ from kcrprune.method.shift import ExpectedMacs
 from kcrprune.plan import AXES, Axis
 from kcrprune.training import precision
 from kcrprune.training.features import KernelWatch, feature_covariance
-from kcrprune.training.losses import make_objective
+from kcrprune.training.losses import HeldOut, make_objective
 from kcrprune.training.pace import Pace
 from kcrprune.training.precision import open_accelerator
 from kcrprune.training.randomness import generator
@@ -263,6 +264,18 @@ def test_recovery_ends_with_the_best_weights_that_it_saw(tiny: Tiny):
     with torch.no_grad():
         total = sum(float(objective(model, x, y).total) * len(x) for x, y in batches(tiny, 7)) / 12
     assert total == pytest.approx(found.loss_after, rel=1e-4)
+
+
+def test_the_parts_of_the_held_out_images_add_up_to_their_loss(tiny_vit: Tiny):
+    dense, model, loader = tiny_vit.model(), tiny_vit.model(1), batches(tiny_vit, 7)
+    measure = HeldOut(make_objective(CONFIG, dense, labelled=True), loader, torch.device("cpu"))
+    parts = measure.parts(model)
+    assert parts["loss"][:, 1].tolist() == [4, 4, 4]
+    assert float(parts["loss"][:, 0].sum()) / 12 == pytest.approx(measure.loss(model))
+    assert torch.allclose(parts["loss"][:, 0], parts["labels"][:, 0] + parts["distill"][:, 0])
+    with torch.no_grad():
+        expected = [F.cross_entropy(model(x), y, reduction="sum") for x, y in loader]
+    assert torch.allclose(parts["labels"][:, 0].float(), torch.stack(expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("rate", [10.0, 1e30])
