@@ -90,9 +90,7 @@ def search_(
     scale = start_logits_(gates, scores, cost, config.search_spread)
     expected, budget = ExpectedMacs(cost, gates), config.target_flops * cost.dense
     expected.shift_(gates.logits.data, budget)
-    weights = _learned(model)
-    for weight in weights.values():
-        weight.requires_grad_(config.search_weight_lr > 0)
+    weights = _learned(model, trained=config.search_weight_lr > 0)
     sampled = _Sampled(model, gates, objective, config, pace)
     training = partial(
         Training,
@@ -127,10 +125,10 @@ def search_(
     return Searched(learned_scores(gates, cost, scale), of_gates.history)
 
 
-def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that a search may train, by name."""
+def _learned(model: nn.Module, *, trained: bool) -> dict[str, nn.Parameter]:
+    """The weights that a search may train, by name; they get gradients where it does."""
     frozen = getattr(model, "frozen", ())
-    return {name: weight for name, weight in model.named_parameters() if name not in frozen}
+    return {name: weight.requires_grad_(trained) for name, weight in model.named_parameters() if name not in frozen}
 
 
 def _in_turn(

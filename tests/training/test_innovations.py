@@ -152,7 +152,7 @@ def test_the_ranking_follows_the_refit():
             {"ranking": "innovation", "refit": False},
             "ranking innovation prices what a refit makes up for, and refit is off",
         ),
-        ({"ranking": "equal"}, "ranking equal ranks nothing by itself; give search_steps"),
+        ({"ranking": "equal", "search_steps": 0}, "ranking equal ranks nothing by itself; give search_steps"),
     ],
 )
 def test_rankings_that_mean_nothing_are_refused(settings, sentence):
