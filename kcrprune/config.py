@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import resources
+from math import inf, nan
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -41,6 +42,23 @@ def _as_share(value: Any) -> Any:
 Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
 
 
+def _as_latency(value: Any) -> Any:
+    """A share of the dense time below 1, or a text that ends in ms; None as it is."""
+    if value is None:
+        return None
+    number, unit, rest = str(value).strip().partition("ms")
+    try:
+        found = float(number) if unit else float(_as_share(value))
+    except (TypeError, ValueError):
+        found = nan
+    if isinstance(value, bool) or rest or not 0 < found < (inf if unit else 1):
+        raise ValueError("it is written as a share of the dense time below 1, such as 0.7 or 70%, or as 5ms")
+    return f"{found:.12g}ms" if unit else found
+
+
+Latency = Annotated[float | str | None, BeforeValidator(_as_latency)]
+
+
 def _as_widths(value: Any) -> Any:
     """Widths by axis where a text or a table names axes; anything else as it is."""
     if isinstance(value, str) and "=" in value:
@@ -60,6 +78,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
 SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
+    "target_latency": ("latency_batch", "latency_table"),
     "search_steps": (
         "search_lr", "search_spread", "search_weight_lr", "search_split", "temperature", "temperature_floor",
     ),
@@ -82,6 +101,16 @@ class RunConfig(Frozen):
 
     # what to reach
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
+    target_latency: Latency = Field(
+        default=None, description="In its place: share of the dense time on this machine, at most, or milliseconds."
+    )
+    latency_batch: PositiveInt | None = Field(
+        default=None, description="Images at once that are timed. Else 1 on a CPU and 64 on a GPU."
+    )
+    latency_table: str | None = Field(
+        default=None,
+        description="times.json of another run, of this machine or the one to plan for. Else it is measured.",
+    )
     recipe: str = Field(default="default", description="Named set of defaults: default, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
@@ -247,6 +276,17 @@ class RunConfig(Frozen):
         return "innovation" if self.refit else "fisher"
 
     @property
+    def timed(self) -> bool:
+        """Whether the target is a time."""
+        return self.target_latency is not None
+
+    @property
+    def target_name(self) -> str:
+        """The target in a name of a file."""
+        time = self.target_latency
+        return f"{self.target_flops:g}" if time is None else time if isinstance(time, str) else f"time-{time:g}"
+
+    @property
     def searches(self) -> bool:
         """Whether gates are searched for."""
         return self.search_steps > 0
@@ -262,8 +302,23 @@ class RunConfig(Frozen):
             if getattr(self, name) != getattr(usual, name)
         }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, data: Any) -> Any:
+        """Where a time is the target, MACs are no limit."""
+        if not isinstance(data, dict) or data.get("target_latency") is None:
+            return data
+        flops, time = data.get("target_flops", 1.0), data["target_latency"]
+        if _as_share(flops) != 1:
+            raise ValueError(f"target_flops = {flops} and target_latency = {time} are two targets; give one of them")
+        return {**data, "target_flops": 1.0}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.timed and self.searches:
+            raise ValueError(
+                "search_steps go by MACs, and target_latency is a time; give search_steps 0, or target_flops"
+            )
         if len(set(self.axes)) != len(self.axes) or not self.axes:
             raise ValueError("axes: name at least one axis, and each once")
         if self.temperature_floor > self.temperature:

@@ -70,8 +70,11 @@ class Allowed(Generic[C]):
         return self.cost.dense - sum(saved)
 
 
-def require_reachable(allowed: Allowed, target: float) -> None:
-    """BudgetError, with the smallest reachable share and the axes that would allow the target."""
+def require_reachable(allowed: Allowed, target: float, asked: str = "") -> None:
+    """BudgetError, with the smallest reachable share and the axes that would allow the target.
+
+    `asked` is the target in the words of who asked for it, where they are others.
+    """
     floor = allowed.floor() / allowed.cost.dense
     if floor <= target:
         return
@@ -88,8 +91,8 @@ def require_reachable(allowed: Allowed, target: float) -> None:
     )
     names = ", ".join(axis for axis in AXES if axis in opened) or "none"
     raise BudgetError(
-        f"target {target:g} of the dense MACs is out of reach: the open axes ({names}) go down to "
-        f"{_round_up(floor)}; {way_out}"
+        f"target {asked or f'{target:g}'} of the dense {allowed.cost.unit} is out of reach: the open axes ({names}) "
+        f"go down to {_round_up(floor)}; {way_out}"
     )
 
 

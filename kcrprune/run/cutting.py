@@ -8,13 +8,14 @@ from torch import nn
 from kcrprune.errors import DivergedError
 from kcrprune.families.given import glimpse
 from kcrprune.measure.report import Accuracy
-from kcrprune.method.budget import Scores, solve
+from kcrprune.method.budget import Scores
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, accuracy_on
-from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
+from kcrprune.run.opening import Network, Pool, Weights, objective_of
 from kcrprune.run.ranking import Ranked, Searched, Tightened, by_group, refit
+from kcrprune.run.spending import Budget, planned
 from kcrprune.run.store import Result
 from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.narrow import cut_
@@ -45,6 +46,7 @@ def cut_searched(
     context: Context,
     network: Network,
     pool: Pool,
+    budget: Budget,
     balanced: Weights | None,
     tightened: Tightened | None,
     searched: Searched | None,
@@ -55,13 +57,14 @@ def cut_searched(
     model = tightened.model(network) if tightened else network.with_weights(balanced)
     if searched.weights is not None:
         model.load_state_dict(searched.weights)
-    return _cut(context, network, pool, balanced, model, by_group(searched.scores), "search")
+    return _cut(context, network, pool, budget, balanced, model, by_group(searched.scores), "search")
 
 
 def cut_scored(
     context: Context,
     network: Network,
     pool: Pool,
+    budget: Budget,
     balanced: Weights | None,
     ranked: Ranked,
     tightened: Tightened | None,
@@ -71,13 +74,14 @@ def cut_scored(
         return None
     model = tightened.model(network) if tightened else network.with_weights(balanced)
     scores = (tightened.ranked if tightened else ranked).scores
-    return _cut(context, network, pool, balanced, model, by_group(scores), "scores")
+    return _cut(context, network, pool, budget, balanced, model, by_group(scores), "scores")
 
 
 def _cut(
     context: Context,
     network: Network,
     pool: Pool,
+    budget: Budget,
     balanced: Weights | None,
     model: nn.Module,
     scores: Scores,
@@ -88,7 +92,7 @@ def _cut(
         settings.model_copy(update=PLAIN), network.followed, labelled=False, outputs=network.outputs
     )
     measure = HeldOut(distance, pool.parts.held_out, context.device, context.listener)
-    plan = solve(allowed(context, network), scores, settings.target_flops, network.name)
+    plan = planned(context, network, budget, scores)
     require_certificate(network.dense, network.groups, plan, glimpse(pool.parts.calibration[0]).to(context.device))
     pruned, uncorrected = cut_(model, plan), None
     if settings.refit:

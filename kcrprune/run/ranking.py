@@ -17,6 +17,7 @@ from kcrprune.run.deadline import pace_of, say_early
 from kcrprune.run.measuring import Reference, plain_pass
 from kcrprune.run.memory import back_at_once, keep_streams, room
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
+from kcrprune.run.spending import Budget
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
@@ -134,14 +135,14 @@ def _scores(
 
 
 def tighten(
-    context: Context, network: Network, pool: Pool, balanced: Weights | None, ranked: Ranked
+    context: Context, network: Network, pool: Pool, budget: Budget, balanced: Weights | None, ranked: Ranked
 ) -> Tightened | None:
     """Cuts and refits to shares above the target, each time back in dense shape; None where that is not asked for."""
     settings, tightened = context.settings, None
     for number in range(1, settings.tighten_steps):
         model = tightened.model(network) if tightened else network.with_weights(balanced)
-        share = settings.target_flops ** (number / settings.tighten_steps)
-        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.name)
+        share = budget.target ** (number / settings.tighten_steps)
+        plan = solve(budget.allowed, by_group(ranked.scores), share, network.name)
         pruned = cut_(copy.deepcopy(model), plan)
         if settings.refit:
             refit(context, network, pool, balanced, pruned, plan, f"to {share:.2f}")

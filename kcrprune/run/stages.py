@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from kcrprune.config import NETWORK
-from kcrprune.run import cutting, given, given_saving, measuring, opening, ranking, saving
+from kcrprune.run import cutting, given, given_saving, measuring, opening, pricing, ranking, saving, spending
 from kcrprune.run.context import ALL
 from kcrprune.run.given import Source
 from kcrprune.run.stage import Stage
@@ -18,6 +18,7 @@ IMAGES: Final = (
     *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip"),
     *("calibration_images", "score_images", "search_split", "batch_size"),
 )
+TARGETS: Final = ("target_flops", "target_latency")
 ALLOWED: Final = ("axes", "include", "exclude", "round_to", "min_width")  # what may be cut
 RANKING: Final = ("ranked_by", "searches")
 REFIT: Final = ("refit", "refit_ridge", "reconstruct_epochs", "reconstruct_lr")
@@ -31,11 +32,18 @@ OPEN: Final = Stage(
     make=opening.open_network,
     fingerprint=lambda network: network.digest,
 )
+PLACE: Final = Stage(
+    name="place",
+    reads=("timed", "latency_table", "latency_batch"),
+    after=("open",),
+    make=pricing.open_place,
+    fingerprint=lambda place: place.fingerprint if place else "",
+)
 TARGET: Final = Stage(
     name="target",
-    reads=("target_flops", *ALLOWED),
-    after=("open",),
-    make=opening.require_target,
+    reads=(*TARGETS, *ALLOWED),
+    after=("open", "place"),
+    make=spending.require_spendable,
 )
 POOL: Final = Stage(
     name="images",
@@ -49,6 +57,19 @@ TASK: Final = Stage(
     reads=ALL,
     after=("open", "images"),
     make=opening.require_task,
+)
+TIMES: Final = Stage(
+    name="times",
+    reads=("timed", *ALLOWED),
+    after=("open", "place"),
+    make=pricing.price,
+    kept=Codec(pricing.Times | None),
+)
+BUDGET: Final = Stage(
+    name="budget",
+    reads=(*TARGETS, *ALLOWED),
+    after=("open", "times"),
+    make=spending.budget,
 )
 DENSE: Final = Stage(
     name="dense",
@@ -73,8 +94,8 @@ SCORE: Final = Stage(
 )
 TIGHTEN: Final = Stage(
     name="tighten",
-    reads=("tighten_steps", "target_flops", *RANKING, *ALLOWED, *REFIT, "seed"),
-    after=("open", "images", "balance", "score"),
+    reads=("tighten_steps", *RANKING, *ALLOWED, *REFIT, "seed"),
+    after=("open", "images", "budget", "balance", "score"),
     make=ranking.tighten,
     kept=Codec(ranking.Tightened | None),
 )
@@ -93,16 +114,16 @@ SEARCH: Final = Stage(
 )
 CUT_SEARCHED: Final = Stage(
     name="cut-searched",
-    reads=("target_flops", *ALLOWED, *REFIT, "distill_temperature", "seed"),
-    after=("open", "images", "balance", "tighten", "search"),
+    reads=(*REFIT, "distill_temperature", "seed"),
+    after=("open", "images", "budget", "balance", "tighten", "search"),
     make=cutting.cut_searched,
     kept=Codec(cutting.Cut | None),
     finite=False,
 )
 CUT_SCORED: Final = Stage(
     name="cut-scored",
-    reads=("target_flops", "ranked_by", *ALLOWED, *REFIT, "distill_temperature", "seed"),
-    after=("open", "images", "balance", "score", "tighten"),
+    reads=("ranked_by", *REFIT, "distill_temperature", "seed"),
+    after=("open", "images", "budget", "balance", "score", "tighten"),
     make=cutting.cut_scored,
     kept=Codec(cutting.Cut | None),
     finite=False,
@@ -130,13 +151,19 @@ MEASURE: Final = Stage(
 SAVE: Final = Stage(
     name="save",
     reads=ALL,
-    after=("open", "images", "dense", "choose", "recover", "measure"),
+    after=("open", "images", "times", "dense", "choose", "recover", "measure"),
     make=saving.save,
 )
 
-REFUSALS: Final = (OPEN, TARGET, POOL, TASK)  # cheap; whatever can be refused is refused here, before there is a folder
+REFUSALS: Final = (
+    OPEN,
+    PLACE,
+    TARGET,
+    POOL,
+    TASK,
+)  # cheap; whatever can be refused is refused here, before there is a folder
 STAGES: Final = (
-    *(*REFUSALS, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
+    *(*REFUSALS, TIMES, BUDGET, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
     *(CUT_SEARCHED, CUT_SCORED, CHOOSE, RECOVER, MEASURE, SAVE),
 )
 

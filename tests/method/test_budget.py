@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -182,6 +183,8 @@ def test_a_channel_costs_the_difference_that_it_makes(axis: Axis):
 @dataclass(frozen=True)
 class Milliseconds:
     """A table of times in place of MACs: what each width of an axis costs was measured, in microseconds."""
+
+    unit: ClassVar[str] = "time"
 
     groups: tuple[Group, ...]
     dense: int = 0
