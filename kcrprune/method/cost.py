@@ -22,6 +22,7 @@ class Cost(Protocol):
     """What a budget is counted in. What one site costs does not depend on the widths of another."""
 
     unit: ClassVar[str]  # the word for it: MACs, time
+    ahead: ClassVar[int]  # steps of a width that are weighed at once: more than one where one alone may save nothing
 
     @property
     def dense(self) -> int:
@@ -77,6 +78,7 @@ class MacCost:
     """Multiply-accumulates of one image, exactly."""
 
     unit: ClassVar[str] = "MACs"
+    ahead: ClassVar[int] = 1  # several steps, of one width or of several, save no more than each by itself
 
     dense: int
     contract: Contract

@@ -17,6 +17,7 @@ class TimeCost:
     """Nanoseconds of a batch; what is in no branch (stem, norms, copies) is what the whole takes beyond them."""
 
     unit: ClassVar[str] = "time"
+    ahead: ClassVar[int] = 4  # a kernel takes what its widest operand takes, and a clock is uneven
 
     dense: int
     branches: Mapping[str, BranchTimes]  # by site
@@ -25,11 +26,14 @@ class TimeCost:
     def of(cls, table: TimeTable, kinds: Mapping[str, str], opened: Sequence[Group]) -> "TimeCost":
         """That of a network whose branches are of these kinds, by site; ConfigError for one that the table lacks."""
         for group in opened:
-            branch = table.branches.get(kinds[group.site])
+            kind = kinds.get(group.site)
+            if kind is None:
+                raise ConfigError(f"{group.site} is not called as a module, so it cannot be timed; give target_flops")
+            branch = table.branches.get(kind)
             if branch is None or branch.dense.get(group.axis) != group.width:
                 raise ConfigError(
-                    f"the table of times has no {group.axis} of {kinds[group.site]} ({group.site}): it was measured on "
-                    "another network, batch or choice of axes; leave latency_table out, and this one is measured"
+                    f"the table of times has no {group.axis} of {kind}, as {group.site} is: it is of another network, "
+                    "image size or choice of axes; leave latency_table out, and this one is measured"
                 )
         sites = dict.fromkeys(group.site for group in opened)
         return cls(round(NANOSECONDS * table.dense_ms), {site: table.branches[kinds[site]] for site in sites})

@@ -1,6 +1,7 @@
 """Where times count, and the table that they are read off: one that is given, or one that is measured here."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from kcrprune import processes
+from kcrprune.errors import ConfigError, ran_out_of_memory
 from kcrprune.measure.times import BranchTimes, TimeTable, read_times
 from kcrprune.measure.timing import in_turn
 from kcrprune.method.budget import Allowed
@@ -61,10 +63,14 @@ class Times(Result):
 
 
 def open_place(context: Context, network: Network) -> Place | None:
-    """Where times count, None where MACs do; ConfigError for a table that cannot be read."""
+    """Where times count, None where MACs do.
+
+    ConfigError for a table that cannot be read, and for a network that cannot be timed.
+    """
     settings = context.settings
     if not settings.timed:
         return None
+    network.inputs(1)
     given = read_times(Path(settings.latency_table)) if settings.latency_table else None
     batch = settings.latency_batch or (given.batch if given else usual_batch(context.device))
     return Place(processor_name(context.device), torch.get_num_threads(), batch, given)
@@ -74,9 +80,22 @@ def price(context: Context, network: Network, place: Place | None) -> Times | No
     """The table of times, measured where none is given; None where MACs count."""
     if place is None:
         return None
-    with context.part("time branches"):
+    with context.part("time branches"), memory_for(place.batch):
         found = processes.of_first(lambda: times_of(context, network, place).model_dump(mode="json"))
     return Times.model_validate(found)
+
+
+@contextmanager
+def memory_for(batch: int) -> Iterator[None]:
+    """ConfigError with the way out where so many images at once take more memory than there is."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"memory ran out with {batch} images at once, which are timed; give a smaller latency_batch"
+        ) from error
 
 
 def times_of(context: Context, network: Network, place: Place) -> Times:

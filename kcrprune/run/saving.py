@@ -91,7 +91,8 @@ def _saved(
         after = open_model(folder / MODEL_FILE)
         if times:
             write_json(folder / TIMES, times.table.model_dump(mode="json"))
-    speed = _speed(context, network, times, cut, after.model) if config.bench else None
+    here = times is None or times.here
+    speed = _speed(context, network, times, cut, after.model) if config.bench and here else None
     told = context.told()
     comparison = Comparison(
         before=report_of(

@@ -185,6 +185,7 @@ class Milliseconds:
     """A table of times in place of MACs: what each width of an axis costs was measured, in microseconds."""
 
     unit: ClassVar[str] = "time"
+    ahead: ClassVar[int] = 1
 
     groups: tuple[Group, ...]
     dense: int = 0
