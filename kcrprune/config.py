@@ -5,75 +5,17 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import resources
-from math import inf, nan
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from kcrprune.errors import ConfigError
 from kcrprune.plan import AXES, ROUND_TO, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
-
-MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what their indices hold
-PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+from kcrprune.spelling import Latency, NonNegativeInt, PositiveInt, RoundTo, Share, as_share
 
 RECIPES: Final = ("default", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
-
-def _as_share(value: Any) -> Any:
-    """A percentage as a share of 1; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    number, percent, rest = value.partition("%")
-    try:
-        return float(number) / (100 if percent else 1) if not rest.strip() else value
-    except ValueError:
-        raise ValueError("it is written as a share, such as 0.7 or 70%") from None
-
-
-Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
-
-
-def _as_latency(value: Any) -> Any:
-    """A share of the dense time below 1, or a text that ends in ms; None as it is."""
-    if value is None:
-        return None
-    number, unit, rest = str(value).strip().partition("ms")
-    try:
-        found = float(number) if unit else float(_as_share(value))
-    except (TypeError, ValueError):
-        found = nan
-    if isinstance(value, bool) or rest or not 0 < found < (inf if unit else 1):
-        raise ValueError("it is written as a share of the dense time below 1, such as 0.7 or 70%, or as 5ms")
-    return f"{found:.12g}ms" if unit else found
-
-
-Latency = Annotated[float | str | None, BeforeValidator(_as_latency)]
-
-
-def _as_widths(value: Any) -> Any:
-    """Widths by axis where a text or a table names axes; anything else as it is."""
-    if isinstance(value, str) and "=" in value:
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        value = {axis.strip(): width.strip() for axis, _, width in pairs}
-    if isinstance(value, dict):
-        for axis, width in value.items():
-            if axis not in AXES:
-                raise ValueError(f"there is no axis {axis!r}, these are: {', '.join(AXES)}")
-            if not str(width).isdecimal() or not int(width):
-                raise ValueError(f"{axis} = {width!r} is no width")
-    return value
-
-
-RoundTo = Annotated[PositiveInt | dict[Axis, PositiveInt], BeforeValidator(_as_widths)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
@@ -309,7 +251,7 @@ class RunConfig(Frozen):
         if not isinstance(data, dict) or data.get("target_latency") is None:
             return data
         flops, time = data.get("target_flops", 1.0), data["target_latency"]
-        if _as_share(flops) != 1:
+        if as_share(flops) != 1:
             raise ValueError(f"target_flops = {flops} and target_latency = {time} are two targets; give one of them")
         return {**data, "target_flops": 1.0}
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import Latency, RoundTo, RunConfig, Share
+from kcrprune.config import RunConfig
 from kcrprune.measure.bench import Provider
+from kcrprune.spelling import Latency, RoundTo, Share
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",

@@ -130,8 +130,12 @@ def _tried(network: Network, budget: Budget, scores: Scores) -> list[Tried]:
 
 
 def _corrected(budget: Budget, last: Tried) -> float:
-    """The share at which a plan should meet the target, if what is saved is in proportion to what the table says."""
-    took = last.high if last.high > (1 + NEAR) * budget.target else last.ratio
+    """The share at which a plan should meet the target, if what is saved is in proportion to what the table says.
+
+    An interval that reaches too far is allowed for as far as the target may be missed; a wide one would take all.
+    """
+    near = NEAR * budget.target
+    took = min(last.high, last.ratio + near) if last.high > budget.target + near else last.ratio
     saved = (1 - last.share) * (1 - budget.target) / max(1 - took, 0.01)
     floor = budget.allowed.floor() / budget.allowed.cost.dense
     return min(max(1 - saved, floor), 0.999)

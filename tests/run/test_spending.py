@@ -1,6 +1,5 @@
 """Targets in time: on a machine whose clock counts MACs, and on machines that are slower than their table says."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +16,9 @@ from kcrprune.errors import BudgetError, ConfigError
 from kcrprune.events import Note, StageStarted, ignore
 from kcrprune.families import Contract, kept_widths
 from kcrprune.measure.report import Timing
-from kcrprune.measure.times import TimeTable
+from kcrprune.measure.times import read_times
 from kcrprune.method.budget import Scores, solve
-from kcrprune.plan import PER_HEAD, ChannelPlan
+from kcrprune.plan import PER_HEAD
 from kcrprune.run import pricing, spending, timed
 from kcrprune.run.context import Context, Record
 from kcrprune.run.network import opened_groups
@@ -169,6 +168,7 @@ def test_a_table_of_another_machine_plans_and_no_clock_is_asked(for_time, monkey
 
 def test_a_run_for_a_time_goes_on_and_passes_its_table_on(counting: None, tmp_path: Path, monkeypatch):
     base = {**SHORT.model_dump(exclude={"target_flops"}), **PLAIN, "target_latency": 0.8, "bench": True}
+    base |= {"axes": ("mlp_hidden", "attn_value"), "generated_images": 24, "refit": False}
     config, checkpoint = RunConfig.model_validate(base), save(TINY[0], tmp_path / "dense.safetensors")
 
     def stop(event: object) -> None:
@@ -186,12 +186,9 @@ def test_a_run_for_a_time_goes_on_and_passes_its_table_on(counting: None, tmp_pa
     assert result.speed is not None
     assert result.speed.ratio == pytest.approx(share)
     table = result.folder / "times.json"
-    assert TimeTable.model_validate(json.loads(table.read_text())).batch == 1
-    passed = RunConfig.model_validate(base | {"latency_table": str(table), "target_latency": "80%"})
-    again = pipeline.compress(checkpoint, passed, tmp_path / "b" / "run", ignore)
-    plans = [ChannelPlan.model_validate_json((run / "plan.json").read_text()) for run in (result.folder, again.folder)]
-    assert plans[0] == plans[1]
-    before, low = set(tmp_path.rglob("*")), passed.model_copy(update={"target_latency": 0.05})
+    assert read_times(table).batch == 1
+    low = RunConfig.model_validate(base | {"latency_table": str(table), "target_latency": "5%"})
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(BudgetError, match=r"target 0\.05 of the dense time is out of reach"):
-        pipeline.compress(checkpoint, low, tmp_path / "c" / "run", ignore)
+        pipeline.compress(checkpoint, low, tmp_path / "b" / "run", ignore)
     assert set(tmp_path.rglob("*")) == before, "a table that is given refuses before there is a folder"
