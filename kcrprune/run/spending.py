@@ -125,18 +125,25 @@ def _tried(network: Network, budget: Budget, scores: Scores) -> list[Tried]:
         tried.append(Tried(share=share, plan=plan, timing=timing))
         if (1 - NEAR) * budget.target <= tried[-1].ratio and tried[-1].high <= (1 + NEAR) * budget.target:
             break
-        share = _corrected(budget, tried[-1])
+        share = _corrected(budget, tried)
     return tried
 
 
-def _corrected(budget: Budget, last: Tried) -> float:
-    """The share at which a plan should meet the target, if what is saved is in proportion to what the table says.
+def _corrected(budget: Budget, tried: Sequence[Tried]) -> float:
+    """The share to plan for next: between one that was too slow and one that was too fast, where there are both.
 
-    An interval that reaches too far is allowed for as far as the target may be missed; a wide one would take all.
+    Else the one that meets the target if what is saved is in proportion to what the table says. The width of an
+    interval counts as far as the target may be missed by; a wide one would take all.
     """
-    near = NEAR * budget.target
-    took = min(last.high, last.ratio + near) if last.high > budget.target + near else last.ratio
-    saved = (1 - last.share) * (1 - budget.target) / max(1 - took, 0.01)
+    target, last = budget.target, tried[-1]
+    slow = [one.share for one in tried if one.high > (1 + NEAR) * target]
+    fast = [one.share for one in tried if one.high <= (1 + NEAR) * target]
+    if slow and fast and max(fast) < min(slow):
+        return (max(fast) + min(slow)) / 2
+    took = last.ratio
+    if last.share in slow:
+        took = min(max(last.ratio, target) + NEAR * target, last.high - NEAR / 2 * target)
+    saved = (1 - last.share) * (1 - target) / max(1 - took, 0.01)
     floor = budget.allowed.floor() / budget.allowed.cost.dense
     return min(max(1 - saved, floor), 0.999)
 
