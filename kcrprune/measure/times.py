@@ -36,14 +36,19 @@ class BranchTimes(Frozen):
         return {axis: points[-1] for axis, points in self.axes.items()}
 
     @cached_property
-    def _least(self) -> tuple[float, ...]:
-        """The times without what a clock adds to them: none is above that of greater widths."""
+    def _even(self) -> tuple[float, ...]:
+        """The times without what an uneven clock makes of them: none is above that of greater widths.
+
+        Half way between the least of all that are wider and the most of all that are narrower: the least alone would
+        make what is cut look cheaper than it is.
+        """
         places = list(product(*(range(len(points)) for points in self.axes.values())))
-        found = dict(zip(places, self.ms, strict=True))
-        for place in reversed(places):
-            wider = [(*place[:i], place[i] + 1, *place[i + 1 :]) for i in range(len(place))]
-            found[place] = min(found[place], *(found.get(one, found[place]) for one in wider))
-        return tuple(found[place] for place in places)
+        least, most = (dict(zip(places, self.ms, strict=True)) for _ in range(2))
+        for found, order, step, end in ((least, places[::-1], 1, min), (most, places, -1, max)):
+            for place in order:
+                beside = [(*place[:i], place[i] + step, *place[i + 1 :]) for i in range(len(place))]
+                found[place] = end(found[place], *(found.get(one, found[place]) for one in beside))
+        return tuple((least[place] + most[place]) / 2 for place in places)
 
     def at(self, widths: Mapping[Axis, int]) -> float:
         """Milliseconds at these widths: linear between those that were measured, never falling with a width.
@@ -55,7 +60,7 @@ class BranchTimes(Frozen):
             stride //= len(points)
             ends = _between(points, widths[axis])
             total = [(place + stride * index, share * part) for place, share in total for index, part in ends]
-        return sum(share * self._least[place] for place, share in total)
+        return sum(share * self._even[place] for place, share in total)
 
 
 def _between(points: Sequence[int], width: int) -> list[tuple[int, float]]:

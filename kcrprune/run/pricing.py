@@ -27,7 +27,7 @@ from kcrprune.surgery.branches import Branch, branches_of
 
 MEASURED: Final = 64  # combinations of widths of a kind of branch, at most
 FINEST: Final = 8  # widths of an axis, at most
-SECONDS, MOST = 4.0, 30  # of measuring, where that gives enough rounds; and rounds, at most
+SECONDS, MOST = 4.0, 100  # of measuring, where that gives enough rounds; and rounds, at most
 
 Grid = dict[Axis, tuple[int, ...]]
 

@@ -20,7 +20,7 @@ from kcrprune.run.timed import speed_of
 from kcrprune.surgery.narrow import cut_
 
 NEAR: Final = 0.03  # of a target in time: how far a measured time may lie from it
-PLANS: Final = 4  # that are tried for a time, at most
+PLANS: Final = 5  # that are tried for a time, at most
 SECONDS: Final = 4.0  # of timing each of them
 
 
