@@ -8,58 +8,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from kcrprune.errors import ConfigError
 from kcrprune.plan import AXES, ROUND_TO, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
-
-MOST: Final = 2**31 - 1  # of whatever is counted; libraries fail beyond what their indices hold
-PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+from kcrprune.spelling import Latency, NonNegativeInt, PositiveInt, RoundTo, Share, as_share
 
 RECIPES: Final = ("default", "thorough", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
-
-def _as_share(value: Any) -> Any:
-    """A percentage as a share of 1; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    number, percent, rest = value.partition("%")
-    try:
-        return float(number) / (100 if percent else 1) if not rest.strip() else value
-    except ValueError:
-        raise ValueError("it is written as a share, such as 0.7 or 70%") from None
-
-
-Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
-
-
-def _as_widths(value: Any) -> Any:
-    """Widths by axis where a text or a table names axes; anything else as it is."""
-    if isinstance(value, str) and "=" in value:
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        value = {axis.strip(): width.strip() for axis, _, width in pairs}
-    if isinstance(value, dict):
-        for axis, width in value.items():
-            if axis not in AXES:
-                raise ValueError(f"there is no axis {axis!r}, these are: {', '.join(AXES)}")
-            if not str(width).isdecimal() or not int(width):
-                raise ValueError(f"{axis} = {width!r} is no width")
-    return value
-
-
-RoundTo = Annotated[PositiveInt | dict[Axis, PositiveInt], BeforeValidator(_as_widths)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]  # no mps: it lacks the float64 of the method
 Precision = Literal["auto", "fp32", "bf16"]
 SWITCHES: Final = {  # what nothing reads while the switch is 0 or false
+    "target_latency": ("latency_batch", "latency_table"),
     "search_steps": (
         "search_lr", "search_spread", "search_weight_lr", "search_split", "temperature", "temperature_floor",
     ),
@@ -82,6 +43,16 @@ class RunConfig(Frozen):
 
     # what to reach
     target_flops: Share = Field(default=0.7, description="Share of the dense MACs to keep, at most.")
+    target_latency: Latency = Field(
+        default=None, description="In its place: share of the dense time on this machine, at most, or milliseconds."
+    )
+    latency_batch: PositiveInt | None = Field(
+        default=None, description="Images at once that are timed. Else 1 on a CPU and 64 on a GPU."
+    )
+    latency_table: str | None = Field(
+        default=None,
+        description="times.json of another run, of this machine or the one to plan for. Else it is measured.",
+    )
     recipe: str = Field(default="default", description="Named set of defaults: default, thorough, paper or no-train.")
     axes: tuple[Axis, ...] = Field(
         default=("mlp_hidden", "conv_hidden", "attn_query", "attn_value"),
@@ -244,9 +215,21 @@ class RunConfig(Frozen):
         return "innovation" if self.refit else "fisher"
 
     @property
+    def timed(self) -> bool:
+        """Whether the target is a time."""
+        return self.target_latency is not None
+
+    @property
+    def target_name(self) -> str:
+        """The target in a name of a file."""
+        time = self.target_latency
+        return f"{self.target_flops:g}" if time is None else time if isinstance(time, str) else f"time-{time:g}"
+
+    @property
     def searches(self) -> bool:
-        """Whether gates are searched for; a search that trains the weights as well needs training steps to take."""
-        return self.search_steps > 0 and (self.recover_steps > 0 or not self.searches_jointly)
+        """Whether gates are searched for: where MACs are the target, and, if weights train as well, steps to take."""
+        asked = self.search_steps > 0 and not self.timed
+        return asked and (self.recover_steps > 0 or not self.searches_jointly)
 
     @property
     def searches_jointly(self) -> bool:
@@ -263,6 +246,17 @@ class RunConfig(Frozen):
             for name in names
             if getattr(self, name) != getattr(usual, name)
         }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, data: Any) -> Any:
+        """Where a time is the target, MACs are no limit."""
+        if not isinstance(data, dict) or data.get("target_latency") is None:
+            return data
+        flops, time = data.get("target_flops", 1.0), data["target_latency"]
+        if as_share(flops) != 1:
+            raise ValueError(f"target_flops = {flops} and target_latency = {time} are two targets; give one of them")
+        return {**data, "target_flops": 1.0}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

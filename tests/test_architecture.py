@@ -29,6 +29,7 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"method"},
     {"families", "measure"},
     {"config"},
+    {"spelling"},
     {"plan"},
     {"processes"},
     {"atomic"},

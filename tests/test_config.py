@@ -65,6 +65,18 @@ def test_an_image_has_one_side_or_two(size, kept):
     assert load_config(flags={"img_size": size}).img_size == kept
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"), [("70%", 0.7), (0.7, 0.7), ("5ms", "5ms"), (" 12.5 ms", "12.5ms"), ("0.25", 0.25)]
+)
+def test_a_time_is_a_share_or_milliseconds_and_macs_are_then_no_limit(toml, written, kept):
+    from kcrprune.run.saving import to_toml
+
+    config = load_config(flags={"target_latency": written})
+    assert (config.target_latency, config.target_flops, config.timed) == (kept, 1.0, True)
+    assert load_config(file=toml(to_toml(config))) == config
+    assert load_config(flags={"target_latency": written, "target_flops": "1.0"}) == config
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
 def test_a_seed_is_what_toml_and_torch_can_hold(seed):
     with pytest.raises(ConfigError, match=f"seed = {seed}"):
@@ -77,7 +89,7 @@ def test_a_seed_is_what_toml_and_torch_can_hold(seed):
     [
         ('scores = "fisher"', ["run.toml", "'scores'", "did you mean ranking?"]),
         ("stages = 2", ["'stages'", "did you mean tighten_steps?"]),
-        ("target_flop = 0.5", ["run.toml", "'target_flop'", "did you mean target_flops?"]),
+        ("target_flop = 0.5", ["run.toml", "'target_flop'", "did you mean target_flops or target_latency?"]),
         ("zzzz = 1", ["'zzzz'", "--help"]),
         (
             "target_flops = 1.5",
@@ -98,6 +110,10 @@ def test_a_seed_is_what_toml_and_torch_can_hold(seed):
             'ranking = "equal"\ntighten_steps = 2\nsearch_steps = 3',
             ["ranking equal ranks nothing; give tighten_steps 1"],
         ),
+        ("target_flops = 0.5\ntarget_latency = 0.6", ["target_flops = 0.5 and target_latency = 0.6 are two targets"]),
+        ("target_latency = 1.0", ["target_latency = 1.0", "below 1, such as 0.7 or 70%, or as 5ms"]),
+        ('target_latency = "infms"', ["target_latency = 'infms'", "or as 5ms"]),
+        ("target_latency = true", ["target_latency = True", "or as 5ms"]),
         ('device = "gpu"', ["device = 'gpu'", "cuda:N"]),
         ('recipe = "papr"', ["no recipe 'papr'", "paper"]),
         ("axes = [", ["run.toml", "not a TOML file"]),

@@ -32,6 +32,7 @@ from kcrprune.method.cost import MacCost
 from kcrprune.plan import ChannelPlan
 from kcrprune.run import context, opening, saving
 from kcrprune.surgery.balance import balance_
+from kcrprune.surgery.branches import branches_of
 from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.kept import on
@@ -315,6 +316,14 @@ def test_streams_may_be_kept_elsewhere_and_the_figures_are_those_of_the_cpu(benc
     outputs = [network(images[0].to(next(network.parameters()).device)).cpu() for network in networks]
     assert torch.equal(outputs[0], outputs[1])
     assert relative_error(outputs[0], outputs[2]) <= 1e-3
+
+
+def test_a_branch_that_is_timed_by_itself_waits_for_nothing(bench: Bench):
+    assert bench.counted(branches_of, bench.dense, bench.contract.sites, bench.tiny.images(1).to(DEVICE)) == (0, 0, 0)
+    for branch in bench.result[1].values():
+        widths = {group.key: group.width if group.whole else group.span for group in branch.groups}
+        bench.counted(branch.at, widths)
+        assert bench.counted(bench.result) == (0, 0, 0)
 
 
 # a run

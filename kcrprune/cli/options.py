@@ -10,8 +10,9 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kcrprune.config import RoundTo, RunConfig, Share
+from kcrprune.config import RunConfig
 from kcrprune.measure.bench import Provider
+from kcrprune.spelling import Latency, RoundTo, Share
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
@@ -22,8 +23,13 @@ PANELS: Final = {  # the first setting of each group in the help
     "task": "The losses",
     "seed": "The machine",
 }
-SHAPES: Final = {"img_size": "SIDE|H,W", "round_to": "WIDTH|AXIS=WIDTH,..."}
-WRITTEN: Final = (Share, RoundTo)  # settings that configuration reads from text itself
+SHAPES: Final = {
+    "img_size": "SIDE|H,W",
+    "round_to": "WIDTH|AXIS=WIDTH,...",
+    "target_latency": "SHARE|MSms",
+    "latency_table": "FILE",
+}
+WRITTEN: Final = (Share, RoundTo, Latency)  # settings that configuration reads from text itself
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
 IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device")

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from kcrprune.config import PositiveInt
 from kcrprune.errors import ConfigError
 from kcrprune.plan import Frozen
+from kcrprune.spelling import PositiveInt
 
 Provider = Literal["cpu", "cuda", "onnx-cpu", "onnx-cuda"]
 

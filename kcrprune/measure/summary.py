@@ -134,10 +134,12 @@ def speed_line(timing: Timing, comparison: Comparison) -> str:
     cut = "" if share is None else f", with {share:.3f} of its MACs"
     realised = "" if timing.realised is None else f": {timing.realised:.2f} of the MACs saved is time saved"
     several = "s at once" if timing.batch > 1 else ""
+    target = comparison.settings.get("target_latency")
+    asked = "" if target is None else f", {tables.milliseconds(timing.p50_ms)}; the target was {target}"
     threads = f"{timing.threads} thread{'s' if timing.threads > 1 else ''}"
     return (
         f"{timing.batch} image{several} in {timing.ratio:.2f} of the dense time "
-        f"({timing.ratio_low:.2f} to {timing.ratio_high:.2f}){cut}{realised} ({timing.runtime}, {threads})"
+        f"({timing.ratio_low:.2f} to {timing.ratio_high:.2f}){asked}{cut}{realised} ({timing.runtime}, {threads})"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kcrprune.errors import BudgetError
 from kcrprune.families import Group, Key
-from kcrprune.method.cost import Cost, dense_widths, with_width
+from kcrprune.method.cost import Cost, Widths, dense_widths
 from kcrprune.plan import AXES, PER_HEAD, ROUND_TO, Axis, ChannelPlan, Indices, Kept
 
 WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
@@ -70,8 +70,11 @@ class Allowed(Generic[C]):
         return self.cost.dense - sum(saved)
 
 
-def require_reachable(allowed: Allowed, target: float) -> None:
-    """BudgetError, with the smallest reachable share and the axes that would allow the target."""
+def require_reachable(allowed: Allowed, target: float, asked: str = "") -> None:
+    """BudgetError, with the smallest reachable share and the axes that would allow the target.
+
+    `asked` is the target in the words of who asked for it, where they are others.
+    """
     floor = allowed.floor() / allowed.cost.dense
     if floor <= target:
         return
@@ -88,8 +91,8 @@ def require_reachable(allowed: Allowed, target: float) -> None:
     )
     names = ", ".join(axis for axis in AXES if axis in opened) or "none"
     raise BudgetError(
-        f"target {target:g} of the dense MACs is out of reach: the open axes ({names}) go down to "
-        f"{_round_up(floor)}; {way_out}"
+        f"target {asked or f'{target:g}'} of the dense {allowed.cost.unit} is out of reach: the open axes ({names}) "
+        f"go down to {_round_up(floor)}; {way_out}"
     )
 
 
@@ -126,9 +129,12 @@ class _State:
         self.widths = dense_widths(allowed.groups)
         self.open = allowed.opened
         self.by_site = {
-            site: [group for group in self.open if group.site == site]
+            site: sorted((group for group in self.open if group.site == site), key=lambda group: group.axis)
             for site in dict.fromkeys(group.site for group in self.open)
         }
+        self.levels = {group.key: allowed.levels(group) for group in self.open}
+        self.spans = {group.key: group.span for group in self.open}
+        self.refused: list[Widths] = []  # moves that would overshoot, and so do as long as they are possible
         self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
         self.lost = {group.key: _lost_below(group, self.scores[group.key]) for group in self.open}
@@ -136,60 +142,73 @@ class _State:
     def give_up_until(self, limit: int) -> None:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
         window = limit - WINDOW * self.allowed.cost.dense
-        levels = {group.key: self.allowed.levels(group) for group in self.open}
-        prices = {site: self._cheapest(groups, levels) for site, groups in self.by_site.items()}
-        overshot: tuple[Group, int] | None = None
+        prices = {site: self._cheapest(site) for site in self.by_site}
+        overshot: tuple[str, Widths] | None = None
         while self.spent > limit:
             site = min(prices, key=lambda site: prices[site][0])
-            price, group, width = prices[site]
+            price, move = prices[site]
             if price == float("inf") and overshot is not None:  # only steps that are too large are left
                 self._set(*overshot)
                 break
-            if self.spent - self._saving(group, width) < window:
-                overshot = overshot or (group, width)
-                levels[group.key] = [self.widths[group.key]]
+            if self.spent - self._saving(site, move) < window:
+                overshot = overshot or (site, move)
+                self.refused.append(move)
             else:
-                self._set(group, width)
-            prices[site] = self._cheapest(self.by_site[site], levels)
+                self._set(site, move)
+            prices[site] = self._cheapest(site)
 
-    def _cheapest(self, groups: Sequence[Group], levels: Mapping[Key, list[int]]) -> tuple[float, Group, int]:
-        """(score lost for a unit of cost saved, group, width) of the best next step down at a site."""
-        best = (float("inf"), groups[0], 0)
-        for group in sorted(groups, key=lambda group: group.axis):
-            below = bisect_left(levels[group.key], self.widths[group.key])
-            if below:
-                width = levels[group.key][below - 1]
-                price = self._loss(group, width) / max(1, self._saving(group, width))
-                if price < best[0]:
-                    best = (price, group, width)
+    def _cheapest(self, site: str) -> tuple[float, Widths]:
+        """(score lost for a unit of cost saved, widths) of the best next step down at a site."""
+        best: tuple[float, Widths] = (float("inf"), {})
+        for move in self._moves(site):
+            price = self._loss(move) / max(1, self._saving(site, move))
+            if price < best[0] and move not in self.refused:
+                best = (price, move)
         return best
+
+    def _moves(self, site: str) -> Iterator[Widths]:
+        """Steps down of each group at a site, and of all together where the cost asks for that."""
+        ahead = self.allowed.cost.ahead
+        for steps in range(1, ahead + 1):
+            lower: dict[Key, int] = {}
+            for group in self.by_site[site]:
+                levels = self.levels[group.key]
+                below = bisect_left(levels, self.widths[group.key])
+                if below >= steps:
+                    lower[group.key] = levels[below - steps]
+            yield from ({key: width} for key, width in lower.items())
+            if ahead > 1 and len(lower) > 1:
+                yield lower
 
     def buy_back(self, limit: int, parts: int) -> None:
         """Widens by so small a part of a step whatever gives most score and still fits, until nothing fits."""
         while options := list(self._affordable(limit, parts)):
             _, group, width = max(options, key=lambda option: option[0])
-            self._set(group, width)
+            self._set(group.site, {group.key: width})
 
     def _affordable(self, limit: int, parts: int) -> Iterator[tuple[float, Group, int]]:
         for group in self.open:
             now = self.widths[group.key]
-            width = min(group.width, now + self.allowed.step(group, parts))
-            cost = -self._saving(group, width)
-            if now < width and self.spent + cost <= limit:
-                yield -self._loss(group, width) / max(1, cost), group, width
+            move = {group.key: min(group.width, now + self.allowed.step(group, parts))}
+            cost = -self._saving(group.site, move)
+            if now < move[group.key] and self.spent + cost <= limit:
+                yield -self._loss(move) / max(1, cost), group, move[group.key]
 
-    def _loss(self, group: Group, width: int) -> float:
-        """Score lost by going from today's width to `width`; negative on the way up."""
-        lost = self.lost[group.key]
-        return lost[width // group.span] - lost[self.widths[group.key] // group.span]
+    def _loss(self, move: Widths) -> float:
+        """Score lost by going from today's widths to those of `move`; negative on the way up."""
+        spans = self.spans
+        return sum(
+            self.lost[key][width // spans[key]] - self.lost[key][self.widths[key] // spans[key]]
+            for key, width in move.items()
+        )
 
-    def _saving(self, group: Group, width: int) -> int:
+    def _saving(self, site: str, move: Widths) -> int:
         cost = self.allowed.cost.of_site
-        return cost(group.site, self.widths) - cost(group.site, with_width(self.widths, group.key, width))
+        return cost(site, self.widths) - cost(site, {**self.widths, **move})
 
-    def _set(self, group: Group, width: int) -> None:
-        self.spent -= self._saving(group, width)
-        self.widths[group.key] = width
+    def _set(self, site: str, move: Widths) -> None:
+        self.spent -= self._saving(site, move)
+        self.widths |= move
 
     def kept(self) -> Iterator[Kept]:
         """The best channels of every group, at the widths that were bought."""

@@ -8,7 +8,7 @@ of the groups that lie in it, so integers give an integer, and expected counts a
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ Widths = Mapping[Key, int]  # kept channels of one head; for `heads` kept heads
 
 class Cost(Protocol):
     """What a budget is counted in. What one site costs does not depend on the widths of another."""
+
+    unit: ClassVar[str]  # the word for it: MACs, time
+    ahead: ClassVar[int]  # steps of a width that are weighed at once: more than one where one alone may save nothing
 
     @property
     def dense(self) -> int:
@@ -73,6 +76,9 @@ class Term:
 @dataclass(frozen=True)
 class MacCost:
     """Multiply-accumulates of one image, exactly."""
+
+    unit: ClassVar[str] = "MACs"
+    ahead: ClassVar[int] = 1  # several steps, of one width or of several, save no more than each by itself
 
     dense: int
     contract: Contract

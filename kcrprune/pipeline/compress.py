@@ -60,7 +60,7 @@ def _compressed(context: Context, out: Path | None, *, fresh: bool) -> RunResult
     given = load(context)
     asked = Asked.of(given["open"].digest, given["images"].fingerprint, config)
     _require_alike(asked)
-    name = f"{_title(checkpoint, given['open'].opened)}-{config.target_flops:g}"
+    name = f"{_title(checkpoint, given['open'].opened)}-{config.target_name}"
     with processes.entered_by_first(folders.taken(folders.candidates(out, name, asked, fresh=fresh))) as folder:
         if processes.of_first(lambda: folders.finished(folder)):
             context.tell(f"{folder} is finished and was asked the same; it is shown again (--fresh makes a new one)")
@@ -81,7 +81,7 @@ def _title(checkpoint: Path, opened: Opened) -> str:
 def load(context: Context, stages: Sequence[Stage] = REFUSALS) -> Results:
     """The network and the images of a run, or the refusal of what cannot work."""
     with context.part("load"):
-        return execute(stages, context, wanted=("open", "images"))
+        return execute(stages, context, wanted=("open", "place", "images"))
 
 
 def _shown(folder: Path) -> Comparison:

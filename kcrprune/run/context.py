@@ -37,7 +37,12 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
 }
 
 
-PLACES: Final = ("data", "class_map", "teacher")  # settings that say where something lies; digests say what it is
+PLACES: Final = (
+    "data",
+    "class_map",
+    "teacher",
+    "latency_table",
+)  # settings that say where something lies; digests say what it is
 
 
 class Record(BaseModel):

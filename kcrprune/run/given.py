@@ -73,6 +73,10 @@ class InMemory(Network):
             in_eval=self.loss_in_eval,
         )
 
+    def inputs(self, batch: int) -> Any:
+        """ConfigError: only its loader can make a batch of so many images."""
+        raise ConfigError("target_latency needs a network in a file; for one in memory give target_flops")
+
     def an_image(self, macs: int) -> int:
         """What a count on the batch is for one image."""
         return round(macs / len(self.feed))

@@ -18,6 +18,7 @@ from kcrprune.run.folder import STORE
 from kcrprune.run.given import InMemory, part_macs
 from kcrprune.run.measuring import Reference
 from kcrprune.run.opening import Pool
+from kcrprune.run.pricing import Times
 from kcrprune.run.saving import write_results
 from kcrprune.run.store import Result
 from kcrprune.surgery.narrow import keep_all
@@ -72,6 +73,7 @@ def save_run(
     context: Context,
     network: InMemory,
     pool: Pool,
+    times: Times | None,
     reference: Reference,
     cut: Cut,
     recovery: Recovery | None,

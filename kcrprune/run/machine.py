@@ -2,7 +2,9 @@
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -39,6 +41,18 @@ def machine_record(device: torch.device) -> dict[str, Any]:
         },
         "environment": {name: os.environ[name] for name in HEEDED if name in os.environ},
     }
+
+
+def processor_name(device: torch.device) -> str:
+    """What computes there, as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux alone has that file
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_memory_mib() -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from kcrprune.plan import ChannelPlan, Outputs, canonical_json
 from kcrprune.run.context import Context
 from kcrprune.run.metrics import require_board
 from kcrprune.run.network import open_for_run, opened_groups
+from kcrprune.run.timed import noise
 from kcrprune.surgery.narrow import cut_, expand_
 from kcrprune.training.images.files import is_image
 from kcrprune.training.images.sets import Images, open_images
@@ -51,9 +52,18 @@ class Network:
         return self.dense
 
     @property
+    def before(self) -> ChannelPlan | None:
+        """What an earlier run has left of it; None: all."""
+        return None
+
+    @property
     def kept(self) -> float:
         """Share of the dense MACs that it has before this run."""
-        return 1.0
+        return self.cost.predicted(self.before) / self.cost.dense if self.before else 1.0
+
+    def inputs(self, batch: int) -> Any:
+        """What it is timed on, so many images at once."""
+        raise NotImplementedError
 
     def objective(self, config: RunConfig, pool: "Pool") -> Objective:
         """What search and recovery minimise."""
@@ -91,9 +101,13 @@ class FromFile(Network):
         return self.teacher.model if self.teacher else self.dense
 
     @property
-    def kept(self) -> float:
-        """Share of the dense MACs that it has before this run."""
-        return self.cost.predicted(self.opened.plan) / self.cost.dense if self.opened.plan else 1.0
+    def before(self) -> ChannelPlan | None:
+        """What an earlier run has left of it; None: all."""
+        return self.opened.plan
+
+    def inputs(self, batch: int) -> Tensor:
+        """Noise on the network's device: (batch, C, H, W)."""
+        return noise(batch, self.opened.preprocessing.input_size, next(self.dense.parameters()).device)
 
     def objective(self, config: RunConfig, pool: "Pool") -> Objective:
         """What search and recovery minimise."""

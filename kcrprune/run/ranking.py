@@ -17,6 +17,7 @@ from kcrprune.run.deadline import pace_of, say_early, search_steps
 from kcrprune.run.measuring import Reference, plain_pass
 from kcrprune.run.memory import back_at_once, keep_streams, room
 from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
+from kcrprune.run.spending import Budget
 from kcrprune.run.store import Result
 from kcrprune.surgery.balance import balance_
 from kcrprune.surgery.gated import add_gates_, remove_gates_
@@ -30,6 +31,7 @@ from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scor
 from kcrprune.training.search import search_
 from kcrprune.training.snapshots import NO_SNAPSHOTS, Snapshots
 
+OUT_OF_STEPS: Final = "it would take its steps out of those of the recovery, and recover_steps is 0"
 OF_SUMS: Final = 0.5  # of the memory that is left; the rest is for what is computed on the way
 Sites = dict[str, dict[Axis, Tensor]]  # scores by site, then axis: what has a place in a file
 
@@ -136,14 +138,14 @@ def _scores(
 
 
 def tighten(
-    context: Context, network: Network, pool: Pool, balanced: Weights | None, ranked: Ranked
+    context: Context, network: Network, pool: Pool, budget: Budget, balanced: Weights | None, ranked: Ranked
 ) -> Tightened | None:
     """Cuts and refits to shares above the target, each time back in dense shape; None where that is not asked for."""
     settings, tightened = context.settings, None
     for number in range(1, settings.tighten_steps):
         model = tightened.model(network) if tightened else network.with_weights(balanced)
-        share = settings.target_flops ** (number / settings.tighten_steps)
-        plan = solve(allowed(context, network), by_group(ranked.scores), share, network.name)
+        share = budget.target ** (number / settings.tighten_steps)
+        plan = solve(budget.allowed, by_group(ranked.scores), share, network.name)
         pruned = cut_(copy.deepcopy(model), plan)
         if settings.refit:
             refit(context, network, pool.parts.calibration, balanced, pruned, plan, f"to {share:.2f}")
@@ -210,7 +212,8 @@ def search(
     settings = context.settings
     if not settings.searches:
         if settings.search_steps > 0:
-            context.say("no search: it would take its steps out of those of the recovery, and recover_steps is 0")
+            why = "its gates keep to MACs, and the target is a time" if settings.timed else OUT_OF_STEPS
+            context.say(f"no search: {why}")
         return None
     model = tightened.model(network) if tightened else network.with_weights(balanced)  # may be trained as well
     at_once = back_at_once(context, "search", model, pool.parts.calibration)

@@ -28,12 +28,14 @@ from kcrprune.run.machine import machine_record, peak_device_mib, peak_memory_mi
 from kcrprune.run.measuring import Reference, accuracy_on
 from kcrprune.run.metrics import LOG, line
 from kcrprune.run.opening import FromFile, FromFolder, Network, Pool, as_used
+from kcrprune.run.pricing import Times
 from kcrprune.run.shared import repeating, without_places
 from kcrprune.run.store import Result
 from kcrprune.run.timed import speed_of
 from kcrprune.training.features import feature_covariance
 from kcrprune.training.portions import Portions
 
+TIMES = "times.json"  # the table of a run whose target is a time, which another run may take
 SECONDS = 2.0  # of timing, where the networks are not too slow for it
 
 
@@ -76,6 +78,7 @@ def _saved(
     context: Context,
     network: FromFile,
     pool: FromFolder,
+    times: Times | None,
     reference: Reference,
     cut: Cut,
     recovery: Recovery | None,
@@ -86,7 +89,10 @@ def _saved(
     with context.part("save"):
         _write_model(folder, context, network, pool, cut, recovery, measured)
         after = open_model(folder / MODEL_FILE)
-    speed = _speed(context, network, cut, after.model) if config.bench else None
+        if times:
+            write_json(folder / TIMES, times.table.model_dump(mode="json"))
+    here = times is None or times.here
+    speed = _speed(context, network, times, cut, after.model) if config.bench and here else None
     told = context.told()
     comparison = Comparison(
         before=report_of(
@@ -121,16 +127,16 @@ def _input(opened: Opened) -> dict[str, str]:
     return found
 
 
-def _speed(context: Context, network: FromFile, cut: Cut, pruned: nn.Module) -> Timing | None:
+def _speed(context: Context, network: FromFile, times: Times | None, cut: Cut, pruned: nn.Module) -> Timing | None:
     """How long the cut network takes beside the dense one; a clock's figure, which no other file takes in.
 
     None, and a warning, where memory runs out: the network is made, and nothing is lost for its time.
     """
     context.tell(f"timing both networks, about {SECONDS:g} seconds")
     share = network.cost.predicted(cut.plan) / network.cost.dense
-    size = network.opened.preprocessing.input_size
+    batch = times.table.batch if times else None
     try:
-        return speed_of(network.dense, pruned.to(context.device), size, share, SECONDS)
+        return speed_of(network.dense, pruned.to(context.device), network.inputs, share, SECONDS, batch)
     except Exception as error:
         if not ran_out_of_memory(error):
             raise

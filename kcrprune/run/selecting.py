@@ -9,12 +9,12 @@ from typing import Final
 from torch import Tensor, nn
 
 from kcrprune.families.given import glimpse
-from kcrprune.method.budget import solve
 from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
-from kcrprune.run.opening import Network, Pool, Weights, allowed, objective_of
-from kcrprune.run.ranking import Ranked, Searched, Sites, Tightened, by_group, refit
+from kcrprune.run.opening import Network, Pool, Weights, objective_of
+from kcrprune.run.ranking import Ranked, Searched, Tightened, by_group, refit
+from kcrprune.run.spending import Budget, planned
 from kcrprune.run.store import Result
 from kcrprune.surgery.certificate import require_certificate
 from kcrprune.surgery.narrow import cut_
@@ -76,6 +76,7 @@ def select(
     context: Context,
     network: Network,
     pool: Pool,
+    budget: Budget,
     balanced: Weights | None,
     ranked: Ranked,
     tightened: Tightened | None,
@@ -88,25 +89,23 @@ def select(
     before = tightened.ranked if tightened else ranked
     if searched is None or context.settings.ranked_by == "equal":
         scores = before if searched is None else searched
-        selected = Selected(plan=_plan(context, network, scores.scores), searched=searched is not None)
+        selected = Selected(
+            plan=planned(context, network, budget, by_group(scores.scores)), searched=searched is not None
+        )
     else:
-        plans = [_plan(context, network, scores.scores) for scores in (before, searched)]
+        plans = [planned(context, network, budget, by_group(scores.scores)) for scores in (before, searched)]
         moved, figures = plans[1].moved_from(plans[0]), list[Compared]()
         if moved > 0:
             figures = _first_look(
                 context, network, pool, partial(searched_network, network, balanced, tightened, searched), plans
             )
         kept = bool(figures) and all(figure.lower for figure in figures)
-        channels = sum(group.heads * group.width for group in allowed(context, network).opened)
+        channels = sum(group.heads * group.width for group in budget.allowed.opened)
         _tell(context, {"steps": searched.steps, "moved": moved, "channels": channels}, figures, kept=kept)
         selected = Selected(plan=plans[kept], searched=kept)
     glimpsed = glimpse(pool.parts.calibration[0]).to(context.device)
     require_certificate(network.dense, network.groups, selected.plan, glimpsed)
     return selected
-
-
-def _plan(context: Context, network: Network, scores: Sites) -> ChannelPlan:
-    return solve(allowed(context, network), by_group(scores), context.settings.target_flops, network.name)
 
 
 def _first_look(

@@ -8,7 +8,18 @@ from functools import partial
 from typing import Final
 
 from kcrprune.config import NETWORK
-from kcrprune.run import cutting, given, given_saving, measuring, opening, ranking, saving, selecting
+from kcrprune.run import (
+    cutting,
+    given,
+    given_saving,
+    measuring,
+    opening,
+    pricing,
+    ranking,
+    saving,
+    selecting,
+    spending,
+)
 from kcrprune.run.context import ALL
 from kcrprune.run.given import Source
 from kcrprune.run.stage import Stage
@@ -18,9 +29,10 @@ IMAGES: Final = (
     *("data", "dataset", "train_split", "val_split", "class_map", "labels", "generated_images", "hflip"),
     *("calibration_images", "score_images", "search_split", "batch_size"),
 )
+TARGETS: Final = ("target_flops", "target_latency")
 ALLOWED: Final = ("axes", "include", "exclude", "round_to", "min_width")  # what may be cut
 RANKING: Final = ("ranked_by", "searches")
-SEARCHING: Final = ("searches", "searches_jointly", "search_steps", "recover_steps", "epochs")
+SEARCHING: Final = ("searches", "timed", "searches_jointly", "search_steps", "recover_steps", "epochs")
 REFIT: Final = ("refit", "refit_ridge", "reconstruct_epochs", "reconstruct_lr")
 LOSSES: Final = ("task", "labels", "smoothing", "distill_temperature", "kernel_weight", "kernel_norm")
 TRAINING: Final = ("weight_decay", "clip_grad", "kernel_rank", "kernel_every", "precision", "seed")
@@ -32,11 +44,18 @@ OPEN: Final = Stage(
     make=opening.open_network,
     fingerprint=lambda network: network.digest,
 )
+PLACE: Final = Stage(
+    name="place",
+    reads=("timed", "latency_table", "latency_batch"),
+    after=("open",),
+    make=pricing.open_place,
+    fingerprint=lambda place: place.fingerprint if place else "",
+)
 TARGET: Final = Stage(
     name="target",
-    reads=("target_flops", *ALLOWED),
-    after=("open",),
-    make=opening.require_target,
+    reads=(*TARGETS, *ALLOWED),
+    after=("open", "place"),
+    make=spending.require_spendable,
 )
 POOL: Final = Stage(
     name="images",
@@ -50,6 +69,19 @@ TASK: Final = Stage(
     reads=ALL,
     after=("open", "images"),
     make=opening.require_task,
+)
+TIMES: Final = Stage(
+    name="times",
+    reads=("timed", *ALLOWED),
+    after=("open", "place"),
+    make=pricing.price,
+    kept=Codec(pricing.Times | None),
+)
+BUDGET: Final = Stage(
+    name="budget",
+    reads=(*TARGETS, *ALLOWED),
+    after=("open", "times"),
+    make=spending.budget,
 )
 DENSE: Final = Stage(
     name="dense",
@@ -74,8 +106,8 @@ SCORE: Final = Stage(
 )
 TIGHTEN: Final = Stage(
     name="tighten",
-    reads=("tighten_steps", "target_flops", *RANKING, *ALLOWED, *REFIT, "seed"),
-    after=("open", "images", "balance", "score"),
+    reads=("tighten_steps", *RANKING, *ALLOWED, *REFIT, "seed"),
+    after=("open", "images", "budget", "balance", "score"),
     make=ranking.tighten,
     kept=Codec(ranking.Tightened | None),
 )
@@ -95,8 +127,8 @@ SEARCH: Final = Stage(
 )
 SELECT: Final = Stage(
     name="select",
-    reads=("target_flops", "ranked_by", *ALLOWED, *REFIT, *LOSSES, "seed"),
-    after=("open", "images", "balance", "score", "tighten", "search"),
+    reads=("ranked_by", *REFIT, *LOSSES, "seed"),
+    after=("open", "images", "budget", "balance", "score", "tighten", "search"),
     make=selecting.select,
     kept=Codec(selecting.Selected),
 )
@@ -124,13 +156,14 @@ MEASURE: Final = Stage(
 SAVE: Final = Stage(
     name="save",
     reads=ALL,
-    after=("open", "images", "dense", "cut", "recover", "measure"),
+    after=("open", "images", "times", "dense", "cut", "recover", "measure"),
     make=saving.save,
 )
 
-REFUSALS: Final = (OPEN, TARGET, POOL, TASK)  # cheap; whatever can be refused is refused here, before there is a folder
+# cheap; whatever can be refused is refused here, before there is a folder
+REFUSALS: Final = (OPEN, PLACE, TARGET, POOL, TASK)
 STAGES: Final = (
-    *(*REFUSALS, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
+    *(*REFUSALS, TIMES, BUDGET, DENSE, BALANCE, SCORE, TIGHTEN, SEARCH),
     *(SELECT, CUT, RECOVER, MEASURE, SAVE),
 )
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +47,29 @@ def timed(
     )
 
 
-def speed_of(dense: nn.Module, pruned: nn.Module, input_size: tuple[int, ...], share: float, seconds: float) -> Timing:
+def speed_of(
+    dense: nn.Module,
+    pruned: nn.Module,
+    inputs: Callable[[int], Any],
+    share: float,
+    seconds: float,
+    batch: int | None = None,
+) -> Timing:
     """How a cut network compares with the dense one on their own device, where it has `share` of the MACs.
 
-    A batch is one image on a CPU, and 64 on a GPU, which one leaves idle.
+    `inputs` makes a batch of so many images; None: see `usual_batch`.
     """
     device = next(dense.parameters()).device
-    ran = [(model, input_size, device, _torch_on(device)) for model in (dense, pruned)]
-    found = _timings(ran, 64 if device.type == "cuda" else 1, torch.get_num_threads(), seconds)[1]
-    return _realised(found, 1 - share)
+    batch = batch or usual_batch(device)
+    images = inputs(batch)
+    times = in_turn([(dense, images), (pruned, images)], seconds=seconds)
+    found = timings_of(times, batch, 2 * [_torch_on(device)], torch.get_num_threads())
+    return _realised(found[1], 1 - share)
+
+
+def usual_batch(device: torch.device) -> int:
+    """One image on a CPU, and 64 on a GPU, which one leaves idle."""
+    return 64 if device.type == "cuda" else 1
 
 
 def _ran(opened: Opened | OnnxModel, bench: Bench, graph: Path, listener: Listener) -> Ran:
@@ -72,10 +87,14 @@ def _ran(opened: Opened | OnnxModel, bench: Bench, graph: Path, listener: Listen
 
 
 def _timings(ran: Sequence[Ran], batch: int, threads: int, seconds: float) -> list[Timing]:
-    generator = torch.Generator().manual_seed(0)
-    calls = [(call, torch.randn(batch, *size, generator=generator).to(device)) for call, size, device, _ in ran]
+    calls = [(call, noise(batch, size, device)) for call, size, device, _ in ran]
     times = in_turn(calls, seconds=seconds)
     return timings_of(times, batch, [runtime for *_, runtime in ran], threads)
+
+
+def noise(batch: int, size: tuple[int, ...], device: torch.device) -> Tensor:
+    """Inputs that are timed: always the same."""
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _share_saved(first: ModelReport, report: ModelReport) -> float | None:

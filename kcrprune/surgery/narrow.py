@@ -78,12 +78,12 @@ def keep_all(group: Group) -> Kept:
     )
 
 
-def cut_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
-    """Cuts a dense model down to a plan, in place, and returns it.
+def cut_(model: nn.Module, plan: ChannelPlan, groups: Sequence[Group] | None = None) -> nn.Module:
+    """Cuts a dense model down to a plan, in place, and returns it; `groups` are its own where they are known.
 
     PlanMismatchError where the plan was made for other groups or widths; the model is then untouched.
     """
-    groups = groups_of(model)
+    groups = groups_of(model) if groups is None else groups
     _check(groups, plan)
     entries = {kept.key: kept for kept in plan.groups}
     index = index_map(model, groups, plan)

@@ -72,6 +72,13 @@ def test_what_is_no_share_is_answered_with_the_form(pipeline, capsys, name: str,
     assert f"= '{written}' cannot work: it is written as a share, such as 0.7 or 70%; " in capsys.readouterr().err
 
 
+def test_a_time_is_written_as_it_is_meant(pipeline, capsys):
+    assert run(["compress", "vit.pth", "--target-latency", "5ms", "--latency-batch", "8"]) == 0
+    assert (pipeline.asked["config"].target_latency, pipeline.asked["config"].latency_batch) == ("5ms", 8)
+    assert run(["compress", "vit.pth", "--target-latency", "5s"]) == 2
+    assert "target_latency = '5s' cannot work: it is written as a share of the dense time" in capsys.readouterr().err
+
+
 def test_a_percentage_above_all_is_refused(pipeline, capsys):
     assert run(["compress", "vit.pth", "--target-flops", "170%"]) == 2
     assert "target_flops = '170%' cannot work" in capsys.readouterr().err

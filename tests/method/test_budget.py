@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -95,6 +96,36 @@ def test_within_an_axis_the_best_channels_are_kept(seed):
             assert not lost or score[list(channels)].min() >= score[lost].max()
 
 
+@dataclass(frozen=True)
+class Padded:
+    """What a kernel costs that takes the widest of q and v, as it is measured; the linears around it cost nothing."""
+
+    unit: ClassVar[str] = "time"
+    ahead: ClassVar[int] = 4
+
+    macs: MacCost
+
+    @property
+    def dense(self) -> int:
+        return sum(self.of_site(site, dense_widths(self.macs.contract.groups)) for site in self.macs.contract.sites)
+
+    def of_site(self, site: str, widths) -> int:
+        queries = [widths[key] for key in widths if key[0] == site and key[1] in PER_HEAD]
+        return 900 * max(queries) if queries else self.macs.of_site(site, widths)
+
+
+def test_widths_that_save_nothing_alone_go_together():
+    macs = allowed_for(SMALL, 1, SMOOTH, min_width=0.01)
+    allowed = Allowed(Padded(macs.cost), macs.groups, macs.open, min_width=0.01)
+    scores = {
+        key: torch.full_like(score, 0.1 if key[1] in PER_HEAD else 1)
+        for key, score in random_scores(allowed.groups, 0).items()
+    }
+    widths = plan_widths(solve(allowed, scores, 0.7, "x"))
+    kept = {axis: widths[key] for key in widths if (axis := key[1]) in SMOOTH}
+    assert kept == {"mlp_hidden": 32, "attn_query": 15, "attn_value": 15}
+
+
 @MANY
 @given(seed=st.integers(0, 2**16), target=st.sampled_from([0.8, 0.6]))
 def test_the_greedy_plan_loses_hardly_more_than_the_best_of_all_plans(seed, target):
@@ -182,6 +213,9 @@ def test_a_channel_costs_the_difference_that_it_makes(axis: Axis):
 @dataclass(frozen=True)
 class Milliseconds:
     """A table of times in place of MACs: what each width of an axis costs was measured, in microseconds."""
+
+    unit: ClassVar[str] = "time"
+    ahead: ClassVar[int] = 1
 
     groups: tuple[Group, ...]
     dense: int = 0

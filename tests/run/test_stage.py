@@ -164,7 +164,7 @@ def test_the_table_is_in_order_and_keeps_what_is_costly():
         assert set(stage.after) <= set(names[:number]), stage.name
         assert stage.kept is None or stage.fingerprint is None, "what reads the world is made each time"
     unkept = [stage.name for stage in STAGES if stage.kept is None]
-    assert unkept == ["open", "target", "images", "task", "save"]
+    assert unkept == ["open", "place", "target", "images", "task", "budget", "save"]
 
 
 def test_a_part_is_announced_and_timed_even_where_it_has_no_stage(tmp_path):
