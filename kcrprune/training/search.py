@@ -128,7 +128,10 @@ def search_(
 def _learned(model: nn.Module, *, trained: bool) -> dict[str, nn.Parameter]:
     """The weights that a search may train, by name; they get gradients where it does."""
     frozen = getattr(model, "frozen", ())
-    return {name: weight.requires_grad_(trained) for name, weight in model.named_parameters() if name not in frozen}
+    found = {name: weight for name, weight in model.named_parameters() if name not in frozen}
+    for weight in found.values():
+        weight.requires_grad_(trained)
+    return found
 
 
 def _in_turn(

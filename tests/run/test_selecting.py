@@ -67,10 +67,10 @@ def told_of(monkeypatch: pytest.MonkeyPatch, figures: list[Compared], other: Cha
     """What is selected of two plans whose first look shows some figures, and the sentences about it."""
     plans = {"scores": plan(0, 1, 2), "search": other}
     group = SimpleNamespace(heads=2, width=4)
-    monkeypatch.setattr(selecting, "_plan", lambda _, __, scores: plans[scores])
+    monkeypatch.setattr(selecting, "by_group", lambda scores: scores)
+    monkeypatch.setattr(selecting, "planned", lambda _, __, ___, scores: plans[scores])
     monkeypatch.setattr(selecting, "_first_look", lambda *_: figures)
     monkeypatch.setattr(selecting, "require_certificate", lambda *_: None)
-    monkeypatch.setattr(selecting, "allowed", lambda *_: SimpleNamespace(opened=[group]))
     said: list[str] = []
     told: Any = SimpleNamespace(
         record=Record(), settings=SimpleNamespace(ranked_by=ranked_by), say=said.append, device=None
@@ -78,7 +78,8 @@ def told_of(monkeypatch: pytest.MonkeyPatch, figures: list[Compared], other: Cha
     ranked = Ranked.model_construct(scores=cast(Any, "scores"), innovations={})
     searched = Searched.model_construct(scores=cast(Any, "search"), weights=None, steps=1200)
     anything: Any = MagicMock()
-    return select(cast(Context, told), anything, anything, None, ranked, None, searched), said
+    budget: Any = SimpleNamespace(allowed=SimpleNamespace(opened=[group]))
+    return select(cast(Context, told), anything, anything, budget, None, ranked, None, searched), said
 
 
 @pytest.mark.parametrize(

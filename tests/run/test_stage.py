@@ -143,6 +143,8 @@ def settings_behind(name):
 
     class Watched:
         def __getattr__(self, setting):
+            if setting not in RunConfig.model_fields:  # another property
+                return getattr(RunConfig, setting).fget(self)
             seen.add(setting)
             return getattr(CONFIG, setting)
 
