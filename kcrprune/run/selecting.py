@@ -1,6 +1,6 @@
 """The stage that decides by whose plan a network is cut, the scores' or the search's: a first look at both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf, isfinite, sqrt
@@ -23,7 +23,7 @@ from kcrprune.training.losses import HeldOut, make_objective
 LOOKED_AT: Final = 1 / 4  # of the calibration images; what the plans differ by shows with as few, a choice of ours
 
 ENOUGH: Final = 8  # parts of the held-out images; fewer tell no error, a choice of ours
-NAMES: Final = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
+NAMES: Final[Mapping[str, str]] = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
 
 # the distance to the dense network alone, whatever the losses of the run
 PLAIN: Final = {"task": "distill", "labels": False, "kernel_weight": 0.0, "kernel_norm": "relative", "smoothing": 0.0}
