@@ -35,25 +35,19 @@ class LinearSums(Sums):
     gradients: Tensor  # (O, O)
     tokens: int = 0
 
-    def move_(self, way: Tensor) -> None:
-        """Makes them those of inputs with `way` (I,) added to each."""
-        crossed = torch.outer(self.inputs, way)
-        self.products += crossed + crossed.T + self.tokens * torch.outer(way, way)
-        self.inputs += self.tokens * way
-
 
 class LinearMoments:
     """The sums of one linear over the tokens of all images, in float64.
 
-    `real` says which tokens are no window padding. Inputs are taken from a point near their mean, so
-    that a large mean costs the covariance no digits.
+    `real` says which tokens are no window padding. Inputs are taken from `origin` (I,), a point near their mean that is
+    the same in all processes, so that a large mean costs the covariance no digits.
     """
 
-    def __init__(self, linear: Linear, real: RealTokens | None = None) -> None:
+    def __init__(self, linear: Linear, origin: Tensor, real: RealTokens | None = None) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=linear.weight.device)
         outputs, inputs = linear.weight.shape[:2]
         self.sums = LinearSums(zeros(inputs), zeros(inputs, inputs), zeros(outputs, outputs))
-        self.origin: Tensor | None = None
+        self.origin = origin
         self.real = real
         self.output: Tensor | None = None
 
@@ -62,8 +56,6 @@ class LinearMoments:
         x = inputs.detach().flatten(0, -2)  # (n, I)
         if self.real is not None:
             x = self.real.of(x)
-        if self.origin is None:
-            self.origin = x.mean(0)
         x = x - self.origin
         self.sums.inputs += x.sum(0)
         self.sums.products += gram(x)
@@ -75,19 +67,8 @@ class LinearMoments:
         flat = gradient.flatten(0, -2)
         self.sums.gradients += gram(flat)
 
-    def sum_over_processes_(self) -> None:
-        """Takes in what the other processes have seen, all from the first one's origin."""
-        assert self.origin is not None, "no images"
-        if processes.count() == 1:
-            return
-        first = processes.summed(self.origin if processes.rank() == 0 else torch.zeros_like(self.origin))
-        self.sums.move_(self.origin.double() - first.double())
-        self.origin = first
-        self.sums.sum_over_processes_()
-
     def mean_and_covariance(self, *, centred: bool = True) -> tuple[Tensor, Tensor]:
         """Of the inputs, (I,) and (I, I); not centred: the mean is zero, and second moments are in its place."""
-        assert self.origin is not None, "no images"
         mean = self.sums.inputs / self.sums.tokens  # from the origin
         covariance = self.sums.products / self.sums.tokens - torch.outer(mean, mean)
         mean = mean + self.origin
@@ -152,14 +133,16 @@ def _found(
     outputs: Outputs | None,
 ) -> dict[str, Innovations]:
     image = glimpse(batches[0]).to(next(model.parameters()).device, non_blocking=True)
+    origins = _origins(model, list(wanted), image)
     moments = {
-        name: LinearMoments(linear_at(model, name), _real(model, group, image)) for name, group in wanted.items()
+        name: LinearMoments(linear_at(model, name), origins[name], _real(model, group, image))
+        for name, group in wanted.items()
     }
     _gather_(model, moments, batches, generator, outputs)
     found = {}
     for name, group in wanted.items():
         linear, sums = linear_at(model, name), moments.pop(name)
-        sums.sum_over_processes_()
+        sums.sums.sum_over_processes_()
         # without a bias nothing can make up for the mean of an input that goes
         mean, covariance = sums.mean_and_covariance(centred=linear.bias is not None or wanted[name].affine is not None)
         with ALGEBRA.running():
@@ -183,6 +166,24 @@ def _gather_(
             for sums, gradient in zip(moments.values(), torch.autograd.grad(loss, seen), strict=True):
                 sums.see_gradient(gradient)
                 sums.output = None
+
+
+@torch.no_grad()
+def _origins(model: nn.Module, names: Sequence[str], image: Tensor | Feed) -> dict[str, Tensor]:
+    """Mean inputs (I,) of linears over the tokens of the first process's first image."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, inputs: Tensor, _: Tensor) -> None:
+        found[name] = inputs.flatten(0, -2).mean(0)
+
+    with watching(model, {name: partial(see, name) for name in names}):
+        model(image)
+    if processes.count() == 1:
+        return found
+    return {
+        name: processes.summed(found[name] if processes.rank() == 0 else torch.zeros_like(found[name]))
+        for name in names
+    }
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ SHORT = RunConfig(
     batch_size=8,
     generated_images=48,
     calibration_images=24,
-    score_images=8,
+    score_images=24,
     workers=0,
     device="cpu",
     snapshot_minutes=1e-9,
@@ -359,7 +359,7 @@ def test_a_network_whose_answers_depend_on_nothing_is_refused(steps: int, tiny_v
     model = tiny_vit.model()
     model.load_state_dict(model.state_dict() | {"head.weight": torch.zeros(5, 24)})
     path = save(tiny_vit, tmp_path / "x.safetensors", model)
-    with pytest.raises(CheckpointError, match="every score is zero: on 8 images nothing that may be cut changes"):
+    with pytest.raises(CheckpointError, match="every score is zero: on 24 images nothing that may be cut changes"):
         pipeline.compress(path, SHORT.model_copy(update={"search_steps": steps}), tmp_path / "run", ignore)
     assert not (tmp_path / "run" / "run.json").exists()
     assert (tmp_path / "run" / "stages").exists(), "what came before is kept"

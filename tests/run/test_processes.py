@@ -6,6 +6,9 @@ Both processes are started once, and all that is looked at comes of that.
 import json
 import os
 import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
 
-from kcrprune import pipeline
+from kcrprune import pipeline, processes
 from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import LostProcessError
 from kcrprune.events import Note, StageStarted, ignore
 from kcrprune.run.folder import RECORD, STORE
 from kcrprune.run.store import TENSORS
+from kcrprune.training.precision import open_accelerator
 from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
 
@@ -26,14 +30,30 @@ from tests.pipeline.test_compress import SHORT, save
 # since Adam makes a whole step of a gradient near zero, whose sign they decide
 FIRM = {"lr": 5e-5, "generated_images": 96, "calibration_images": 75, "score_images": 50, "refit_ridge": 0.1}
 CONFIG = SHORT.model_copy(update=FIRM)
+# every batch of 8 is two of 4 for the two processes
+EVEN = CONFIG.model_copy(update={"calibration_images": 72, "score_images": 48, "recover_steps": 2})
 BEFORE = ("dense", "balance", "score", "cut-scored")  # the stages before the first step of an optimiser
+
+
+def told_to(rank: int, port: int) -> dict[str, str]:
+    """The variables by which a launcher says that two processes are one run."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in told.items()}
+
+
+def start(act: Callable[[int, Path, int], None], folder: Path) -> None:
+    """Two processes that do so, to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares each the import of torch
+    start_processes(act, (folder, port), nprocs=2, start_method="fork" if fork else "spawn")
 
 
 def share(rank: int, folder: Path, port: int) -> None:
     """What one of the two processes does: a run that ends well, and one whose second process dies."""
     torch.set_num_threads(1)
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()})
+    os.environ.update(told_to(rank, port))
     result = pipeline.compress(folder / "dense.safetensors", CONFIG, folder / "two", ignore)
     (folder / f"{rank}.json").write_text(result.comparison.model_dump_json())
 
@@ -42,8 +62,7 @@ def share(rank: int, folder: Path, port: int) -> None:
             os._exit(0)
 
     try:
-        changed = CONFIG.model_copy(update={"recover_steps": 2})
-        pipeline.compress(folder / "dense.safetensors", changed, folder / "three", die)
+        pipeline.compress(folder / "dense.safetensors", EVEN, folder / "three", die)
     except LostProcessError as error:
         (folder / "lost.txt").write_text(str(error))
 
@@ -52,12 +71,10 @@ def share(rank: int, folder: Path, port: int) -> None:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     checkpoint = save(TINY[0], folder / "dense.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares each the import of torch
-    start_processes(share, (folder, port), nprocs=2, start_method="fork" if fork else "spawn")
+    start(share, folder)
     pipeline.compress(checkpoint, CONFIG, folder / "alone" / "one", ignore)
+    in_fours = EVEN.model_copy(update={"batch_size": 4, "recover_steps": 0})
+    pipeline.compress(checkpoint, in_fours, folder / "alone" / "in fours", ignore)
     return folder
 
 
@@ -75,15 +92,24 @@ def test_the_plan_is_the_same_and_the_outputs_are_near(runs, tiny_vit: Tiny):
     assert relative_error(two, one) < 1e-3
 
 
-@pytest.mark.parametrize("stage", BEFORE)
-def test_sums_and_weights_before_the_first_step_are_the_same(runs, stage):
+def errors(stage, *runs):
+    """Of every tensor that a stage of two runs has left."""
     [one, two] = [load_file(next((run / STORE).glob(f"{stage}-*")) / TENSORS) for run in runs]
     assert one.keys() == two.keys()
     assert one
-    for name, tensor in one.items():
+    return {name: relative_error(two[name].double(), tensor.double()) for name, tensor in one.items()}
+
+
+@pytest.mark.parametrize("stage", BEFORE)
+def test_sums_and_weights_before_the_first_step_are_the_same(runs, stage):
+    for name, error in errors(stage, *runs).items():
         solved = stage == "cut-scored" or name.startswith("/innovations")  # of systems that make more of rounding
-        bound = 1e-5 if solved else 1e-6
-        assert relative_error(two[name].double(), tensor.double()) < bound, name
+        assert error < (1e-5 if solved else 1e-6), name
+
+
+@pytest.mark.parametrize("stage", ["balance", "score", "cut-scored"])
+def test_they_differ_from_one_process_by_the_rounding_of_batches_of_another_size_alone(folder, stage):
+    assert max(errors(stage, folder / "alone" / "in fours", folder / "three").values()) < 1e-7
 
 
 def test_all_processes_end_with_the_report_of_the_first(folder):
@@ -101,13 +127,31 @@ def test_what_is_sent_is_counted_and_is_sums_weights_and_gradients(runs):
     assert two["sent_bytes"]["recover"] == pytest.approx(3 * weights + weights, rel=0.25)  # three steps; what is cut
 
 
+def wait_in_vain(rank: int, folder: Path, port: int) -> None:
+    """What one of two processes does of which the second one hangs, when patience is short."""
+    os.environ.update(told_to(rank, port))
+    processes.PATIENCE = timedelta(seconds=2)  # type: ignore[misc]
+    open_accelerator("cpu", "fp32", shared=True)
+    processes.summed(torch.ones(1))
+    if rank == 1:
+        time.sleep(4)
+        os._exit(0)
+    with pytest.raises(LostProcessError, match="another of the 2 processes has ended or does not answer") as lost:
+        processes.summed(torch.ones(1))
+    (folder / "hung.txt").write_text(f"exit code {lost.value.exit_code}")
+
+
+def test_a_process_that_hangs_ends_the_run_when_patience_does(tmp_path):
+    start(wait_in_vain, tmp_path)
+    assert (tmp_path / "hung.txt").read_text() == "exit code 10"
+
+
 def test_a_process_that_dies_ends_the_run_in_a_sentence_and_the_run_goes_on_without_it(folder):
     sentence = (folder / "lost.txt").read_text()
     assert sentence.startswith("another of the 2 processes has ended or does not answer (")
     assert sentence.endswith("the same command goes on from it, with as many processes or fewer")
     told: list[object] = []
-    changed = CONFIG.model_copy(update={"recover_steps": 2})
-    pipeline.compress(folder / "dense.safetensors", changed, folder / "three", told.append)
+    pipeline.compress(folder / "dense.safetensors", EVEN, folder / "three", told.append)
     assert any(isinstance(event, Note) and "refit (scores)" in event.text for event in told)
     assert StageStarted("recover", 2) in told
     assert StageStarted("balance") not in told

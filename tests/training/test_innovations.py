@@ -68,7 +68,7 @@ def test_moments_are_those_of_the_tokens_that_count(tiny: Tiny):
 def test_gradients_are_those_of_autograd(tiny_vit: Tiny):
     model = tiny_vit.model()
     linear = linear_at(model, "blocks.0.mlp.fc2")
-    sums = LinearMoments(linear)
+    sums = LinearMoments(linear, torch.zeros(linear.weight.shape[1]))
     with watching(model, {"blocks.0.mlp.fc2": sums.see_inputs}):
         loss = model(tiny_vit.images(4)).square().sum()
     assert sums.output is not None
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_autograd(tiny_vit: Tiny):
 def test_a_large_mean_costs_no_digits():
     linear = nn.Linear(3, 2)
     x = 1e3 + 1e-2 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    sums = LinearMoments(linear)
+    sums = LinearMoments(linear, x[0])
     for batch in x.split(100):
         sums.see_inputs(batch, linear(batch))
     mean, covariance = sums.mean_and_covariance()
