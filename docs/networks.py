@@ -26,7 +26,7 @@ from kcrprune.checkpoints.signatures import Signature
 from kcrprune.config import RunConfig
 from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import KcrPruneError, UnsupportedModelError
-from kcrprune.families import contract_of, family_of, groups_of, kept_widths
+from kcrprune.families import contract_of, family_of, groups_of, kept_widths, outlining
 from kcrprune.families.whole import attentions_in, left_whole
 from kcrprune.measure.report import Network
 from kcrprune.measure.tables import escaped
@@ -64,7 +64,7 @@ def networks(patterns: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
 
 def outline(name: str) -> nn.Module:
     """A registered network on the meta device."""
-    with torch.device("meta"):
+    with outlining():
         return timm.create_model(name).eval().requires_grad_(False)
 
 

@@ -133,6 +133,16 @@ def painted_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def registered_once() -> Iterator[None]:
+    """The exporter to ONNX reads its 500 operators once a process and not once an export, for a second each."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(params=TINY, ids=lambda tiny: tiny.label)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     """Each tiny network in turn."""

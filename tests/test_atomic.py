@@ -1,9 +1,11 @@
 """A file, or a folder, is either whole or absent."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +135,38 @@ def test_what_a_killed_process_left_for_the_same_name_is_swept_and_nothing_else(
 def test_a_name_as_long_as_the_system_allows_can_be_written(tmp_path):
     write_atomically(tmp_path / ("n" * 255), lambda file: file.write_text("whole"))
     assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
+def test_a_file_system_without_hard_links_gets_the_file_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    write_atomically(tmp_path / "file.txt", lambda temporary: temporary.write_text("whole"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file.txt", "whole")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on POSIX")
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_and_its_name_are_on_the_disk_before_it_is_told_of(tmp_path, monkeypatch, replace):
+    flushed, path = [], tmp_path / "file.txt"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, path.exists())))
+    write_atomically(path, lambda temporary: temporary.write_text("whole"), replace=replace)
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on POSIX")
+def test_a_folder_and_all_in_it_are_on_the_disk_before_it_is_told_of(tmp_path, monkeypatch):
+    flushed, path = [], tmp_path / "new"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, path.exists())))
+    make_folder_atomically(path, lambda folder: (folder / "file.txt").write_text("whole"))
+    files, last = flushed[:-1], flushed[-1]
+    assert set(files) == {(part.stat().st_ino, False) for part in (path, path / "file.txt")}
+    assert last == (tmp_path.stat().st_ino, True)
+
+
+def test_a_disk_without_room_is_told_of_with_both_figures(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    for make in (write_atomically, make_folder_atomically):
+        with pytest.raises(KcrPruneError, match=r"x: it takes 4\.0 MB, and 3\.0 MB are free there"):
+            make(tmp_path / "x", lambda path: pytest.fail("nothing is begun"), needed=4_000_000)
+    write_atomically(tmp_path / "fits", lambda path: path.write_text(""), needed=3_000_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["fits"]

@@ -198,9 +198,9 @@ def protocol():
 @pytest.fixture
 def noise(tiny_vit, tmp_path):
     """A tiny network and a folder of images of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
-        path = tmp_path / "data" / ("train" if index < 64 else "validation") / f"class{index % 5}" / f"{index:05}.png"
+        path = tmp_path / "data" / ("train" if index < 32 else "validation") / f"class{index % 5}" / f"{index:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     checkpoint = tmp_path / "dense.safetensors"
@@ -478,7 +478,7 @@ def test_a_trial_of_the_kernel_term_acts_on_the_features_that_it_names(noise, tm
     import kernel_where  # type: ignore[import-not-found]
 
     checkpoint, data = noise
-    protocol = kernel_where.Protocol(target=0.75, share=1.0, steps=4, test_images=16, calibration_images=32)
+    protocol = kernel_where.Protocol(target=0.75, share=1.0, steps=2, test_images=16, calibration_images=16)
     bench = kernel_where.Bench(checkpoint, data, tmp_path / "results", protocol)
     found = [bench.outcome(trial, seed=0) for trial in kernel_where.TRIALS]
     losses = {one.name: one.test["loss"] for one in found}

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kcrprune.config import RunConfig
 from kcrprune.errors import BudgetError, UnsupportedModelError
-from kcrprune.families import contract_of, family_of
+from kcrprune.families import contract_of, family_of, outlining
 from kcrprune.method.budget import WINDOW, Scores, solve
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
@@ -72,7 +72,7 @@ class Result:
 def measured(name: str, kind: str) -> Result:
     """Builds one network on the meta device and solves for every target."""
     try:
-        with torch.device("meta"):
+        with outlining():
             model = timm.create_model(name).eval()
         family_of(model)
     except (UnsupportedModelError, RuntimeError, NotImplementedError) as error:

@@ -79,14 +79,15 @@ def bare_name(name: str) -> str:
 def _measured(name: str) -> Known:
     import timm
 
-    from kcrprune.families import family_of
+    from kcrprune.families import family_of, outlining
 
     if not timm.is_model(name):
         near = ", ".join(get_close_matches(name, [row.name for row in table()], 3))
         hint = f"; near it: {near}" if near else ""
         raise ConfigError(f"timm has no network called {name!r}{hint}")
     try:
-        model = timm.create_model(name, pretrained=False, device="meta")
+        with outlining():
+            model = timm.create_model(name, pretrained=False)
     except (NotImplementedError, RuntimeError) as error:  # it computes with its weights while it is built
         raise UnsupportedModelError(f"{name} cannot be looked at without its weights, so it cannot be cut") from error
     family_of(model)

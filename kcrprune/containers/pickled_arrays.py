@@ -74,7 +74,11 @@ def _tensor(data: bytes | bytearray, dtype: torch.dtype, shape: tuple[int, ...],
 def _scalar(dtype: Any, data: Any) -> int | float | None:
     data = data.encode("latin-1") if isinstance(data, str) else data
     code = {"f8": "d", "f4": "f", "i8": "q", "i4": "i"}.get(dtype.code) if isinstance(dtype, _Dtype) else None
-    return struct.unpack("<" + code, data)[0] if code and isinstance(data, bytes) else None
+    if code is None or dtype.big or not isinstance(data, bytes):
+        return None
+    if len(data) != struct.calcsize(code):
+        raise ValueError("a number is not as long as its type says")
+    return struct.unpack("<" + code, data)[0]
 
 
 ARRAYS: Final[Mapping[str, Call]] = {

@@ -18,6 +18,7 @@ from kcrprune.families.given import Feed, Given
 from kcrprune.families.hybrids import HYBRIDS, SLIM_HYBRIDS
 from kcrprune.families.mlps import MLPS
 from kcrprune.families.observed import observe
+from kcrprune.families.outline import outlining
 from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
 from kcrprune.plan import Architecture
@@ -90,7 +91,7 @@ def _of_timm(value: Any) -> Any:
 def build(architecture: Architecture, *, device: str | torch.device = "cpu") -> nn.Module:
     """The dense network of an architecture with fresh weights, in eval mode."""
     arguments = {name: _of_timm(value) for name, value in architecture.arguments.items()}
-    with torch.device(device):
+    with outlining() if torch.device(device).type == "meta" else torch.device(device):
         model = timm.create_model(architecture.name, pretrained=False, **arguments)
     if architecture.norm_eps is not None:
         for module in model.modules():
@@ -118,6 +119,7 @@ __all__ = [
     "forget_caches_",
     "groups_of",
     "kept_widths",
+    "outlining",
     "outputs_of",
     "owner_of",
 ]

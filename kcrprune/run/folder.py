@@ -5,11 +5,11 @@ memory; its results appear beside it, whole and one by one, and RECORD comes las
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydantic import JsonValue
 
@@ -22,6 +22,7 @@ from kcrprune.plan import Frozen
 from kcrprune.run import lock
 from kcrprune.run.context import FREE
 
+T = TypeVar("T")
 RUNS: Final = Path("kcrprune-runs")
 STORE: Final = "stages"
 ASKED: Final = "asked.json"  # in the store: what the run is asked to do
@@ -69,14 +70,23 @@ def finished(folder: Path) -> bool:
 
 
 def comparison(folder: Path) -> Comparison:
-    """Before and after of a finished run."""
-    return Comparison.model_validate(_json(folder / REPORT))
+    """Before and after of a finished run; OutputExistsError where its report is damaged."""
+    return _shown(folder / REPORT, Comparison.model_validate)
 
 
 def speed(folder: Path) -> Timing | None:
-    """How long the network of a finished run takes beside the dense one, if that was measured."""
-    found = _json(folder / RECORD).get("speed")
-    return found and Timing.model_validate(found)
+    """How long the network of a finished run takes beside the dense one, if that was measured; as `comparison`."""
+    return _shown(folder / RECORD, lambda told: told.get("speed") and Timing.model_validate(told["speed"]))
+
+
+def _shown(path: Path, read: Callable[[Any], T]) -> T:
+    try:
+        return read(_json(path))
+    except (OSError, ValueError, AttributeError) as error:
+        raise OutputExistsError(
+            f"{path.parent} holds a finished run whose {path.name} is missing or damaged, so it cannot be shown; "
+            "choose another --out, nothing is overwritten"
+        ) from error
 
 
 def _json(path: Path) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, Self
 
 import psutil
+from pydantic import ValidationError
 
 from kcrprune.atomic import write_atomically
 from kcrprune.errors import OutputExistsError
@@ -50,6 +51,8 @@ def owner(folder: Path) -> Owner | None:
         found = Owner.model_validate_json(_locks(folder)[-1].read_bytes())
     except (IndexError, FileNotFoundError):  # never locked, or given up this moment
         return None
+    except ValidationError:  # of another version, or damaged: it may live, for all that anybody can tell
+        return Owner(pid=0, started=0, host="an unknown host")
     return found if found.alive else None
 
 

@@ -49,7 +49,7 @@ def rewritten(path: Path, change) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1])
 @torch.no_grad()
 def test_round_trip(tiny, seed, tmp_path):
     model = save(tmp_path / "model.safetensors", tiny, seed=seed)

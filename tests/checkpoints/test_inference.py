@@ -13,8 +13,8 @@ from kcrprune.checkpoints.clues import Clues, Evidence
 from kcrprune.checkpoints.inference import infer
 from kcrprune.checkpoints.registry import MODULES, describe, known, table
 from kcrprune.errors import CheckpointError, ConfigError, UnsupportedModelError
-from kcrprune.families import build
 from tests.checkpoints import ways
+from tests.checkpoints.outlines import outline, shapes
 
 # one of each kind of difference; every name in the table would take a minute
 NAMES = (
@@ -34,25 +34,18 @@ NAMES = (
 )
 
 
-def meta_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a registered network, which takes no memory."""
-    model = timm.create_model(name, device="meta")
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_registered_network_is_known_from_its_shapes(name, tmp_path):
-    inferred = infer(meta_shapes(name), Evidence(), tmp_path / "file.pth")
+    inferred = infer(shapes(name), Evidence(), tmp_path / "file.pth")
     row = known(inferred.architecture.name)
     assert row.num_heads == known(name).num_heads
     assert inferred.architecture.arguments == {}
-    rebuilt = build(inferred.architecture, device="meta").state_dict()
-    assert {key: tuple(value.shape) for key, value in rebuilt.items()} == meta_shapes(name)
+    assert shapes(inferred.architecture.name) == shapes(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_says_what_timm_builds(name):
-    assert known(name) == describe(name, timm.create_model(name, device="meta"))
+    assert known(name) == describe(name, outline(name))
 
 
 def test_the_table_names_only_networks_of_timm():
@@ -88,10 +81,10 @@ def test_unknown_heads_are_asked_for_with_candidates(unsaid):
 
 def test_heads_differ_among_known_networks(tmp_path):
     """16 and 24 heads are registered for the width 1536; the pooling tells them apart, so take it away."""
-    shapes = meta_shapes("vit_giantopt_patch16_siglip_gap_256")
-    shapes |= {"cls_token": (1, 1, 1536), "pos_embed": (1, 257, 1536), "norm.weight": (1536,), "norm.bias": (1536,)}
+    pooled = shapes("vit_giantopt_patch16_siglip_gap_256")
+    token = {"cls_token": (1, 1, 1536), "pos_embed": (1, 257, 1536), "norm.weight": (1536,), "norm.bias": (1536,)}
     with pytest.raises(CheckpointError, match=r"differ in their heads \(.* has \d+, .*; say --arch or --num-heads"):
-        infer(shapes, Evidence(), tmp_path / "file.pth")
+        infer(pooled | token, Evidence(), tmp_path / "file.pth")
 
 
 def test_heads_as_asked(unsaid):
@@ -256,14 +249,14 @@ def test_a_network_that_is_not_whole_is_refused(tmp_path, change, sentence):
     ],
 )
 def test_what_shapes_cannot_tell_apart_is_said(name, note, tmp_path):
-    notes = infer(meta_shapes(name), Evidence(), tmp_path / "file.pth").notes
+    notes = infer(shapes(name), Evidence(), tmp_path / "file.pth").notes
     assert any(told.startswith(note) for told in notes), notes
 
 
 def test_the_files_name_decides_between_networks_of_the_same_shapes(tmp_path):
     evidence = Evidence((Clues(resembles="deit_small_patch16_224"),))
-    for shapes in map(meta_shapes, ("deit_small_patch16_224", "vit_small_patch16_224")):
-        assert infer(shapes, evidence, tmp_path / "x.pth").architecture.name == "deit_small_patch16_224"
+    for name in ("deit_small_patch16_224", "vit_small_patch16_224"):
+        assert infer(shapes(name), evidence, tmp_path / "x.pth").architecture.name == "deit_small_patch16_224"
 
 
 @pytest.mark.parametrize("act", ["relu", ["gelu"], 7])

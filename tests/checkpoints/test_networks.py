@@ -16,6 +16,7 @@ from kcrprune.checkpoints.signatures import is_registered
 from kcrprune.cli import commands
 from kcrprune.config import NETWORK
 from kcrprune.errors import ConfigError, UnsupportedModelError
+from tests.checkpoints.outlines import outline
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE = runpy.run_path(str(ROOT / "docs" / "networks.py"))
@@ -33,7 +34,7 @@ SAMPLE = (  # one a class of branch, of few blocks
 def test_the_table_says_what_the_rules_find(name):
     if not timm.is_model(name):
         pytest.skip("this timm does not have it")
-    axes, whole = MADE["parts_of"](MADE["outline"](name))
+    axes, whole = MADE["parts_of"](outline(name))
     assert (TABLE[name].axes, bool(TABLE[name].refused)) == (axes, not axes)
     assert TABLE[name].whole == (whole if axes else {})
 

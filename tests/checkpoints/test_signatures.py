@@ -16,16 +16,13 @@ from kcrprune.checkpoints.signatures import behaviour, is_registered, table, ten
 from kcrprune.containers.contents import shapes_of
 from kcrprune.errors import CheckpointError
 from kcrprune.families import build
+from tests.checkpoints.outlines import outline, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = tuple(table())[::30]
 PATH = Path("file.pth")
 ALONE = "vit_base_patch16_reg4_gap_256"  # no other network has its tensors
 TWINS = ("deit_small_patch16_224", "vit_small_patch16_224")  # differ in their preprocessing
-
-
-def shapes(name, **arguments):
-    return shapes_of(timm.create_model(name, device="meta", **arguments).state_dict())
 
 
 @pytest.fixture
@@ -40,8 +37,7 @@ def unmeasured(monkeypatch):
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_table_says_what_timm_builds(name):
-    model = timm.create_model(name, device="meta")
-    assert table()[name] == (tensors(shapes_of(model.state_dict())), behaviour(model))
+    assert table()[name] == (tensors(shapes(name)), behaviour(outline(name)))
 
 
 def test_every_network_whose_sizes_are_known_is_in_the_table():

@@ -1,6 +1,8 @@
 """Torch files: the same tensors as torch.load, and nothing from a file that is cut, bent or packed."""
 
 import io
+import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.containers.container import open_container
 from kcrprune.containers.contents import check_memory, read_all
 from kcrprune.containers.modules import state_dict
+from kcrprune.containers.torch_file import MAGIC
 from kcrprune.errors import CheckpointError
 
 
@@ -132,3 +135,137 @@ def test_many_tensors_over_one_number_are_refused_before_memory_is_taken(tmp_pat
 def test_more_than_the_machine_has_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"file\.pth needs 1048576\.0 GB of memory, this machine has"):
         check_memory(2**50, tmp_path / "file.pth")
+
+
+NUMBERS = torch.arange(6.0)
+
+
+class Reference:
+    """Pickles to a persistent id: what torch writes in place of a storage."""
+
+    def __init__(self, *identity):
+        self.identity = identity
+
+
+class Tensor:
+    """Pickles to a call of what rebuilds a tensor."""
+
+    def __init__(self, *arguments, function=torch._utils._rebuild_tensor_v2):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return obj.identity if isinstance(obj, Reference) else None
+
+
+def pickled(value) -> bytes:
+    stream = io.BytesIO()
+    Pickler(stream, 2).dump(value)
+    return stream.getvalue()
+
+
+def storage(*further, kind=torch.FloatStorage, key="0", count=6):
+    return Reference("storage", kind, key, "cpu", count, *further)
+
+
+def whole(*arguments, of=None, **how) -> dict[str, Tensor]:
+    return {"w": Tensor(storage() if of is None else of, *(arguments or (0, (2, 3), (3, 1))), False, None, **how)}
+
+
+def as_stream(path: Path, value, *, keys=("0",), count=6, cut=0) -> Path:
+    """A file of the older form, by hand."""
+    head = [pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True})]
+    body = struct.pack("<q", count) + NUMBERS.numpy().tobytes()
+    path.write_bytes(b"".join([*head, pickled(value), pickle.dumps(list(keys), 2), body])[: -cut or None])
+    return path
+
+
+def as_zip(path: Path, value, **further: bytes) -> Path:
+    """A file of the newer form, by hand."""
+    entries = {"data.pkl": pickled(value), "data/0": NUMBERS.numpy().tobytes(), "version": b"3\n"} | further
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(f"a/{name}", data)
+    return path
+
+
+@pytest.mark.parametrize("write", [as_stream, as_zip])
+@pytest.mark.filterwarnings("ignore")
+def test_files_written_by_hand_are_what_torch_load_reads(tmp_path, write):
+    of = storage(None) if write is as_stream else storage()
+    for places in ((0, (2, 3), (3, 1)), (1, (2,), (4,)), (5, (), ()), (0, (0, 9), (9, 1)), (2, (3, 2), (1, 0))):
+        path = write(tmp_path / "file.pth", whole(*places, of=of))
+        assert torch.equal(open_container(path).tree["w"].read(), torch.load(path)["w"])
+
+
+@pytest.mark.parametrize("write", [as_stream, as_zip])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (whole(of=storage(count=-1)), "it has a storage of the type"),
+        (whole(of=storage(count=2.0)), "it has a storage of the type"),
+        (whole(of=storage(kind=torch.ComplexFloatStorage)), "a storage of the type 'ComplexFloatStorage'"),
+        (whole(of=storage(kind="FloatStorage")), "it has a storage of the type"),
+        (whole(of=storage(key=0)), "it has a storage of the type"),
+        (whole(of=storage(count=2**40)), "is shorter than it says|is longer than the file"),
+        (whole(of=Reference("module", "x", "0", "cpu", 6)), "no storage"),
+        (whole(of=Reference("storage", torch.FloatStorage)), "no storage"),
+        (whole(of=7), "a tensor has no storage"),
+        (whole(0, (2, 3), (3,)), "the shape of a tensor cannot be"),
+        (whole(0, (1,) * 9, (1,) * 9), "the shape of a tensor cannot be"),
+        (whole(-1, (2,), (1,)), "the shape of a tensor cannot be"),
+        (whole(0, (-2,), (1,)), "the shape of a tensor cannot be"),
+        (whole(0, (2,), (-1,)), "the shape of a tensor cannot be"),
+        (whole(0, (True,), (1,)), "the shape of a tensor cannot be"),
+        (whole(0, [2], (1,)), "the shape of a tensor cannot be"),
+        (whole(1, (2, 3), (3, 1)), "reaches past the end of its storage"),
+        (whole(0, (2, 3), (4, 1)), "reaches past the end of its storage"),
+        (whole(7, (), ()), "reaches past the end of its storage"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused_with_the_reason(tmp_path, write, value, reason):
+    with pytest.raises(CheckpointError, match=rf"file\.pth .*({reason})"):
+        open_container(write(tmp_path / "file.pth", value))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"value": whole(of=storage(("x", 0, 6)))}, "a view of a storage, as torch wrote before 0.4"),
+        ({"keys": ()}, "1 storages are missing"),
+        ({"keys": ("1",)}, "a storage is missing"),
+        ({"keys": (0,)}, "a storage is missing"),
+        ({"keys": ("0", "0")}, "a storage is missing"),
+        ({"count": 5}, "a storage is missing"),
+        ({"cut": 1}, "a storage ends past the end of the file"),
+        ({"cut": 26}, "a storage is missing"),
+    ],
+)
+def test_a_stream_whose_storages_are_not_those_of_its_tensors_is_refused(tmp_path, change, reason):
+    path = as_stream(tmp_path / "file.pth", **({"value": whole()} | change))
+    with pytest.raises(CheckpointError, match=rf"file\.pth .*{reason}"):
+        open_container(path)
+
+
+def test_a_zip_of_another_byte_order_and_one_that_lacks_a_storage_are_refused(tmp_path):
+    assert open_container(as_zip(tmp_path / "little.pth", whole(), byteorder=b"little")).tree
+    with pytest.raises(CheckpointError, match="written on a big-endian machine"):
+        open_container(as_zip(tmp_path / "big.pth", whole(), byteorder=b"big"))
+    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+        open_container(as_zip(tmp_path / "none.pth", whole(of=storage(key="1"))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8])
+def test_a_tensor_whose_storage_has_no_type_is_read_in_its_own(tmp_path, dtype):
+    untyped = storage(kind=torch.UntypedStorage, count=24)
+    value = {"w": Tensor(untyped, 1, (2,), (1,), False, None, dtype, function=torch._utils._rebuild_tensor_v3)}
+    ref = open_container(as_zip(tmp_path / "file.pth", value)).tree["w"]
+    assert ref.dtype == dtype
+    assert torch.equal(ref.read(), NUMBERS.view(dtype)[1:3])
+    value["w"].arguments = (*value["w"].arguments[:6], torch.complex64)
+    with pytest.raises(CheckpointError, match="no storage or no known type"):
+        open_container(as_zip(tmp_path / "other.pth", value))

@@ -11,7 +11,7 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import CheckpointError, ConfigError, OutputExistsError
 from kcrprune.run import folder as folders
 from kcrprune.run import lock
-from kcrprune.run.folder import ASKED, RECORD, RUNS, STORE, Asked, candidates, require_usable, taken
+from kcrprune.run.folder import ASKED, RECORD, REPORT, RUNS, STORE, Asked, candidates, require_usable, taken
 
 ASKED_FOR = Asked.of("checkpoint", "images", RunConfig())
 OTHER = Asked.of("checkpoint", "images", RunConfig(lr=1.0))
@@ -232,3 +232,51 @@ def test_a_half_written_stage_of_a_stopped_run_is_cleared_away(here):
         assert not report.exists()
         assert (run / ".mine.part").exists()
         assert (run / STORE / "dense-0123").is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"pid": 1}', '{"pid": 1, "started": 1, "host": "x", "of_tomorrow": 1}'])
+def test_a_lock_that_cannot_be_read_counts_as_somebodys(here, text):
+    run = stopped(RUNS / "vit-0.7")
+    (run / STORE / "lock.1").write_text(text)
+    with pytest.raises(OutputExistsError, match=r"process 0 on an unknown host works in .* lies in"):
+        require_usable(run)
+    with take() as folder:
+        assert folder == RUNS / "vit-0.7-2"
+    assert (run / STORE / "lock.1").read_text() == text
+
+
+@pytest.mark.parametrize("name", [REPORT, RECORD])
+@pytest.mark.parametrize("text", [None, "", "[]", '{"speed": 7}', '{"before": {}}'])
+def test_a_finished_run_that_is_damaged_is_told_of_and_stays(here, name, text):
+    run = done(here / "run")
+    if text is None:
+        (run / name).unlink(missing_ok=True)
+    else:
+        (run / name).write_text(text)
+    show = folders.comparison if name == REPORT else folders.speed
+    if name == RECORD and text == '{"before": {}}':
+        assert show(run) is None, "no time was measured"
+        return
+    with pytest.raises(OutputExistsError, match=rf"holds a finished run whose {name} is missing or damaged"):
+        show(run)
+
+
+def test_what_two_runs_were_asked_differs_by_the_names_of_settings():
+    assert ASKED_FOR.differences(OTHER) == ["lr"]
+    assert ASKED_FOR.differences(ASKED_FOR) == []
+    others = Asked.of("another", "others", RunConfig(lr=1.0, workers=7))
+    assert others.differences(ASKED_FOR) == ["the checkpoint", "the images", "lr"]
+
+
+def test_a_run_beside_another_one_finds_those_of_its_checkpoint_alone(here):
+    for number, (name, asked) in enumerate(
+        {"a": ASKED_FOR, "b": OTHER, "c": Asked.of("another", "images", RunConfig())}.items()
+    ):
+        os.utime(stopped(here / name, asked) / STORE / ASKED, (number, number))
+    (here / "file").write_text("")
+    found = folders.relatives(here / "new", ASKED_FOR)
+    assert list(found.items()) == [
+        (here / "b" / STORE, "b (which differs in lr)"),
+        (here / "a" / STORE, "a (which was asked the same)"),
+    ]
+    assert here / "a" / STORE not in folders.relatives(here / "a", ASKED_FOR)

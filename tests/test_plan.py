@@ -1,0 +1,117 @@
+"""A plan is checked where it comes in, whoever wrote it; plans of format 1 become those of format 2."""
+
+import json
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from kcrprune.plan import ChannelPlan, Kept, block_of, canonical_json
+
+QUERY = {"site": "blocks.0.attn", "axis": "attn_query", "heads": 3, "width": 4, "kept_heads": [0, 2],
+         "channels": [[0, 1], [1, 3]]}  # fmt: skip
+VALUE = QUERY | {"axis": "attn_value", "channels": [[0], [2]]}
+HIDDEN = {"site": "blocks.0.mlp", "axis": "mlp_hidden", "width": 6, "channels": [[1, 4, 5]]}
+FULL = {"site": "blocks.1.mlp", "axis": "mlp_hidden", "width": 2, "channels": [[0, 1]]}
+
+
+def plan(*groups, **further):
+    return ChannelPlan.model_validate({"architecture": None, "groups": groups, **further})
+
+
+def test_widths_blocks_and_wholeness_are_those_of_its_groups():
+    found = plan(QUERY, VALUE, HIDDEN, FULL)
+    assert [kept.kept_width for kept in found] == [2, 1, 3, 2]
+    assert [kept.is_all for kept in found] == [False, False, False, True]
+    assert not found.is_all
+    assert plan(FULL).is_all
+    assert {name: len(groups) for name, groups in found.blocks.items()} == {"blocks.0": 3, "blocks.1": 1}
+    nothing = Kept.model_validate(HIDDEN | {"channels": [[]]})
+    assert (nothing.kept_width, nothing.is_all) == (0, False)
+    assert Kept.model_validate(QUERY | {"kept_heads": [], "channels": []}).kept_width == 0
+
+
+def test_all_heads_that_keep_less_and_all_channels_of_fewer_heads_are_no_whole():
+    every = [list(range(4))]
+    assert Kept.model_validate(QUERY | {"kept_heads": [0, 1, 2], "channels": every * 3}).is_all
+    assert not Kept.model_validate(QUERY | {"kept_heads": [0, 1], "channels": every * 2}).is_all
+    assert not Kept.model_validate(QUERY | {"kept_heads": [0, 1, 2], "channels": [[0, 1, 2]] * 3}).is_all
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"channels": [[1, 0], [1, 3]]}, "attn_query of blocks.0.attn: kept channels must be ascending and below"),
+        ({"channels": [[1, 1], [1, 3]]}, "must be ascending and below the width 4"),
+        ({"channels": [[0, 4], [1, 3]]}, "must be ascending and below the width 4"),
+        ({"channels": [[-1, 0], [1, 3]]}, "greater than or equal to 0"),
+        ({"kept_heads": [2, 0]}, "kept heads must be ascending and below the width 3"),
+        ({"kept_heads": [0, 3]}, "kept heads must be ascending and below the width 3"),
+        ({"channels": [[0, 1]]}, "describes 1 heads, 2 are kept"),
+        ({"channels": [[0, 1], [1]]}, "every head keeps the same number of channels"),
+        ({"width": 0}, "greater than 0"),
+        ({"width": 4.5}, "valid integer"),
+        ({"axis": "depth"}, "axis"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused_with_the_reason(change, reason):
+    with pytest.raises(ValidationError, match=re.escape(reason)):
+        plan(QUERY | change)
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        ((QUERY, QUERY), "a group is named twice"),
+        ((QUERY, VALUE | {"kept_heads": [1, 2]}), "the groups of blocks.0.attn keep other heads"),
+    ],
+)
+def test_groups_that_contradict_each_other_are_refused(groups, reason):
+    with pytest.raises(ValidationError, match=reason):
+        plan(*groups)
+
+
+def kept(width, *indices):
+    return {"width": width, "indices": list(indices)}
+
+
+OLD = {"site": "blocks.0", "heads": kept(3, 0, 2), "attn_query": [kept(4, 0, 1), kept(4, 1, 3)],
+       "attn_value": [kept(4, 0), kept(4, 2)], "mlp_io": kept(5, 0, 3), "mlp_hidden": kept(6, 1, 4, 5)}  # fmt: skip
+
+
+def test_a_plan_of_format_1_is_read_and_written_as_one_of_format_2():
+    found = ChannelPlan.model_validate({"architecture": "vit", "blocks": [OLD]})
+    inputs = {"site": "blocks.0.mlp", "axis": "mlp_io", "width": 5, "channels": [[0, 3]]}
+    assert found == plan(QUERY, VALUE, inputs, HIDDEN, architecture="vit")
+    assert ChannelPlan.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        "blocks",
+        [7],
+        [{}],
+        [{**OLD, "heads": None}],
+        [{**OLD, "attn_query": []}],
+        [{key: value for key, value in OLD.items() if key != "mlp_io"}],
+        [{**OLD, "mlp_hidden": kept(6, 5, 1)}],
+    ],
+)
+def test_a_damaged_plan_of_format_1_is_refused_as_one(blocks):
+    with pytest.raises(ValidationError):
+        ChannelPlan.model_validate({"architecture": "vit", "blocks": blocks})
+
+
+def test_the_block_of_a_site_is_what_is_around_it():
+    assert block_of("blocks.0.mlp", "mlp_hidden") == "blocks.0"
+    assert block_of("stages.1.blocks.0", "conv_hidden") == "stages.1.blocks.0"
+    assert block_of("attn", "heads") == "attn"
+
+
+def test_equal_data_has_one_text():
+    assert canonical_json({"b": [1, None], "a": "é"}) == '{"a":"\\u00e9","b":[1,null]}'
+    assert json.loads(canonical_json({"b": [1.5], "a": {"d": 0, "c": True}})) == {"a": {"c": True, "d": 0}, "b": [1.5]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"loss": float("nan")})
