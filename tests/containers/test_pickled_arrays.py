@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from kcrprune.containers.pickled_arrays import DTYPES
 from kcrprune.containers.torch_file import CALLS
 from kcrprune.containers.unpickle import unpickle
 from kcrprune.errors import CheckpointError
+
+multiarray: Any = sys.modules[np.zeros(1).__reduce__()[0].__module__]  # type: ignore[union-attr]
 
 FLOATS, EVEN = np.dtype("f4"), np.arange(24).reshape(2, 3, 4) % 5
 
@@ -59,10 +63,10 @@ class Call:
         self.name, self.arguments, self.state = name, arguments, state
 
     def __reduce__(self):
-        return (getattr(np._core.multiarray, self.name), self.arguments, *([self.state] if self.state else []))
+        return (getattr(multiarray, self.name), self.arguments, *([self.state] if self.state else []))
 
 
-def array_of(shape, data, dtype=FLOATS):
+def array_of(shape, data, dtype: Any = FLOATS):
     return Call("_reconstruct", np.ndarray, (0,), b"b", state=(1, shape, dtype, False, data))
 
 
