@@ -26,8 +26,13 @@ class Stage(Generic[R]):
     after: tuple[str, ...]  # stages whose results it takes
     make: Callable[..., R]
     kept: Codec[R] | None = None  # how the result becomes files; None: it is made each time
+    only: str = ""  # the setting without which it gives nothing, which is not kept; "": always
     version: int = 1  # raised when the same settings give another result
     fingerprint: Callable[[R], str] | None = None  # of what it reads from outside, a file or images
+
+    def keeps(self, config: RunConfig) -> bool:
+        """Whether its result becomes files."""
+        return self.kept is not None and (not self.only or bool(getattr(config, self.only)))
 
     def key(self, config: RunConfig, keys: dict[str, Key], fingerprint: str = "") -> Key:
         """What its result depends on: the name, and a digest over everything that changes it."""
@@ -68,7 +73,7 @@ def execute(
         if stage.name in found.keys:
             continue
         key = stage.key(context.config, found.keys)
-        if store is not None and stage.kept is not None and store.has(key):
+        if store is not None and stage.kept is not None and stage.keeps(context.config) and store.has(key):
             context.records[stage.name] = store.record(key)
             kept.append((context.records[stage.name], store.source(key)))
             found.values[stage.name] = cache(partial(store.result, key, stage.kept))
@@ -93,7 +98,7 @@ def _made(stage: Stage[R], context: Context, found: Results, store: Store | None
     context.snapshots = NO_SNAPSHOTS if store is None else _snapshots(context, store, key)
     with context.doing(stage.name, stage.reads) as record:
         result = stage.make(context, *(found[name] for name in stage.after))
-        if stage.kept is None:
+        if stage.kept is None or not stage.keeps(context.config):
             return result
         packed = of_first(partial(stage.kept.pack, result))
         if name := packed.not_finite:

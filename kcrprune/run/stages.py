@@ -76,6 +76,7 @@ TIMES: Final = Stage(
     after=("open", "place"),
     make=pricing.price,
     kept=Codec(pricing.Times | None),
+    only="timed",
 )
 BUDGET: Final = Stage(
     name="budget",

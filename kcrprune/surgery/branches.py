@@ -33,7 +33,7 @@ class Branch:
         widths = ", ".join(f"{g.axis} {g.heads} x {g.width}" for g in self.groups if g.axis != "heads")
         return f"{class_name(type(self.module))} ({given}), {widths}"
 
-    def at(self, widths: Mapping[Key, int]) -> Callable[[], object]:
+    def at(self, widths: Mapping[Key, int]) -> Callable[[], Any]:
         """A call of a copy that keeps the first channels of each group and the first heads."""
         holder = nn.ModuleDict({HERE: copy.deepcopy(self.module)})
         heads = {group.axis: widths[group.key] for group in self.groups if group.axis == "heads"}

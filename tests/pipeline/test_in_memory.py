@@ -202,6 +202,7 @@ def test_the_listing_says_what_can_be_cut_and_why_not():
         ({"rules": OWN_RULES | {nn.Dropout: OWN_RULES[OwnMlp]}}, ConfigError, "the rule for .*Dropout finds nothing"),
         ({"loss": lambda returned, batch: batch["class"]}, ConfigError, "loss fails on .*KeyError"),
         ({"loss": lambda returned, batch: 1.0, "recover_steps": 1}, DataError, "one number as a tensor"),
+        ({"target_latency": 0.7, "target_flops": 1.0}, ConfigError, "for one in memory give target_flops"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(options, error, sentence):

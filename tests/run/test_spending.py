@@ -134,10 +134,7 @@ def test_a_machine_on_which_a_cut_saves_another_part_is_met_within_three_percent
     plan = planned(context, network, budget, scores)
     share = network.cost.predicted(plan) / network.cost.dense
     taken = real(None, None, None, share)
-    assert taken.ratio is not None
-    assert taken.ratio_high is not None
-    assert taken.ratio >= 0.97 * 0.8
-    assert taken.ratio_high <= 1.03 * 0.8
+    assert 0.97 * 0.8 <= (taken.ratio or 0) < (taken.ratio_high or 1) <= 1.03 * 0.8
     assert 2 <= len(context.record.decisions["times"]) <= 3
     assert [warning for _, warning in context.notes] == [False]
 
