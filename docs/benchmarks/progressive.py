@@ -31,6 +31,7 @@ from kcrprune.run.context import ALL, Context
 from kcrprune.run.measuring import Reference
 from kcrprune.run.opening import Network, Pool, Weights
 from kcrprune.run.ranking import Ranked, Tightened
+from kcrprune.run.spending import Budget
 from kcrprune.run.stage import execute
 
 TEST_IMAGES = 2000
@@ -46,7 +47,13 @@ log = logging.getLogger("progressive")
 
 
 def tighten(
-    context: Context, network: Network, pool: Pool, reference: Reference, balanced: Weights | None, ranked: Ranked
+    context: Context,
+    network: Network,
+    pool: Pool,
+    reference: Reference,
+    budget: Budget,
+    balanced: Weights | None,
+    ranked: Ranked,
 ) -> Tightened | None:
     """The stage of a run, which searches before its cut as well where the run searches at the end."""
     settings = context.settings
@@ -56,10 +63,11 @@ def tighten(
         context.settings = settings
         assert found is not None, "there are steps to search"
         ranked = Ranked(scores=found.scores, innovations={})
-    return ranking.tighten(context, network, pool, balanced, ranked)
+    return ranking.tighten(context, network, pool, budget, balanced, ranked)
 
 
-TIGHTEN = replace(stages.TIGHTEN, reads=ALL, after=("open", "images", "dense", "balance", "score"), make=tighten)
+AFTER = ("open", "images", "dense", "budget", "balance", "score")
+TIGHTEN = replace(stages.TIGHTEN, reads=ALL, after=AFTER, make=tighten)
 PROGRESSIVE = tuple(TIGHTEN if stage is stages.TIGHTEN else stage for stage in stages.STAGES[:-1])
 
 
