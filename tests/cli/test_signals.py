@@ -124,7 +124,16 @@ def test_ctrl_c_ends_the_processes_that_load_images_as_well(tiny_vit, tmp_path):
     """A terminal sends it to all of them at once."""
     checkpoint = save(tiny_vit, tmp_path / "dense.safetensors")
     command = [sys.executable, "-m", "kcrprune", "compress", str(checkpoint), "--out", str(tmp_path / "run")]
-    command += ["--data", str(image_folder(tmp_path / "images")), "--workers", "2", "--recover-steps", "3000"]
+    command += [
+        "--data",
+        str(image_folder(tmp_path / "images")),
+        "--workers",
+        "2",
+        "--search-steps",
+        "0",
+        "--recover-steps",
+        "3000",
+    ]
     command += ["--batch-size", "8", "--target-flops", "0.8"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None

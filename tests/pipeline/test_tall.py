@@ -13,7 +13,21 @@ from tests.checkpoints import ways
 
 QUICK = [
     *["--generated-images", "24", "--calibration-images", "16", "--score-images", "8", "--batch-size", "8"],
-    *["--recover-steps", "1", "--warmup-steps", "1", "--workers", "0", "--device", "cpu", "--round-to", "2", "-q"],
+    *[
+        "--search-steps",
+        "0",
+        "--recover-steps",
+        "1",
+        "--warmup-steps",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--round-to",
+        "2",
+        "-q",
+    ],
 ]
 
 
