@@ -1,6 +1,6 @@
 """The stage that decides by whose plan a network is cut, the scores' or the search's: a first look at both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf, isfinite, sqrt
@@ -23,7 +23,7 @@ from kcrprune.training.losses import HeldOut, make_objective
 LOOKED_AT: Final = 1 / 4  # of the calibration images; what the plans differ by shows with as few, a choice of ours
 
 ENOUGH: Final = 8  # parts of the held-out images; fewer tell no error, a choice of ours
-NAMES: Final[Mapping[str, str]] = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
+NAMES: Final = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
 
 # the distance to the dense network alone, whatever the losses of the run
 PLAIN: Final = {"task": "distill", "labels": False, "kernel_weight": 0.0, "kernel_norm": "relative", "smoothing": 0.0}
@@ -119,16 +119,15 @@ def _first_look(
     """The plans of the scores and of the search cut out of the same network, so that nothing else differs."""
     few = pool.parts.calibration[: ceil(LOOKED_AT * len(pool.parts.calibration))]
     objective = replace(objective_of(context, network, pool), use_dense=True)
-    measure, found = HeldOut(objective, pool.parts.held_out, context.device, context.listener), []
+    measure = HeldOut(objective, pool.parts.held_out, context.device, context.listener)
+    found: list[dict[str, Tensor]] = []
     for name, plan in zip(("scores", "search"), plans, strict=True):
         model, goal = whole()
         pruned = cut_(model, plan)
         if context.settings.refit:
             refit(context, network, few, goal, pruned, plan, f"first look, {name}")
         found.append(measure.parts(pruned))
-    return [
-        Compared.of(NAMES.get(part, part), *(of_plan[part] for of_plan in found)) for part in found[0] if part != "loss"
-    ]
+    return [Compared.of(NAMES.get(part, part), found[0][part], found[1][part]) for part in found[0] if part != "loss"]
 
 
 def searched_network(
