@@ -22,6 +22,7 @@ from kcrprune.training.losses import HeldOut, make_objective
 
 LOOKED_AT: Final = 1 / 4  # of the calibration images; what the plans differ by shows with as few, a choice of ours
 
+SURE: Final = 2  # standard errors; at one a plan won that test images did not confirm
 ENOUGH: Final = 8  # parts of the held-out images; fewer tell no error, a choice of ours
 NAMES: Final = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss
 
@@ -57,10 +58,10 @@ class Compared:
 
     @property
     def lower(self) -> bool:
-        """Whether the search's is the lower by more than its error; what is no finite number is never lower."""
+        """Whether the search's is the lower beyond chance; what is no finite number is never lower."""
         if isfinite(self.search) and not isfinite(self.scores):
             return True
-        return self.added < -self.error
+        return self.added < -SURE * self.error
 
     def told(self) -> dict[str, float | None]:
         """Its figures; None for what is no finite number."""
@@ -81,7 +82,7 @@ def select(
     tightened: Tightened | None,
     searched: Searched | None,
 ) -> Selected:
-    """The scores' plan, unless the search's is better on held-out images by more than their error, in all that counts.
+    """The scores' plan, unless the search's is better on held-out images by two standard errors, in all that counts.
 
     Equal scores are a start and no plan, so the search's is taken there. The cut of what is taken is proven.
     """
@@ -154,7 +155,7 @@ def distance_of(context: Context, network: Network) -> Objective:
 def _tell(context: Context, counts: dict[str, int], figures: list[Compared], *, kept: bool) -> None:
     """One sentence, and the figures in it."""
     told = ["{steps:,} steps", "{moved:,} of {channels:,} channels moved"]
-    verdict = "" if kept else "not better by more than the error, the scores' plan " if figures else "the scores' plan "
+    verdict = "" if kept else "not better by two standard errors, the scores' plan " if figures else "the scores' plan "
     context.say(f"selection: {', '.join([*told, *map(str, figures), verdict + 'kept'])}".format(**counts))
     context.record.decisions["selection"] = {
         **counts,
