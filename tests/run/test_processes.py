@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
     checkpoint = save(TINY[0], folder / "dense.safetensors")
     start(share, folder)
     pipeline.compress(checkpoint, CONFIG, folder / "alone" / "one", ignore)
-    in_fours = EVEN.model_copy(update={"batch_size": 4, "recover_steps": 0})
+    in_fours = EVEN.model_copy(update={"batch_size": 4, "search_weight_lr": 0.0, "recover_steps": 0})
     pipeline.compress(checkpoint, in_fours, folder / "alone" / "in fours", ignore)
     return folder
 

@@ -45,6 +45,7 @@ def test_the_error_is_that_of_the_differences_and_not_of_the_losses():
     assert found.error == pytest.approx(sqrt(8 / 7) / sqrt(8))
     assert BETTER.lower
     assert not WITHIN.lower
+    assert not compared([0.2, 0.3, 0.4, 0.5], [-0.04, 0.01, -0.03, 0.005]).lower, "one standard error is chance"
     assert not WORSE.lower
 
 
@@ -100,7 +101,7 @@ def test_the_searchs_plan_is_kept_where_it_is_better_in_all_that_counts(monkeypa
     shown = ", ".join(
         f"distance {figure.scores:.4g} to {figure.search:.4g} (± {figure.error:.2g})" for figure in figures
     )
-    verdict = "kept" if kept else "not better by more than the error, the scores' plan kept"
+    verdict = "kept" if kept else "not better by two standard errors, the scores' plan kept"
     assert said == [f"selection: 1,200 steps, 1 of 8 channels moved, {shown}, {verdict}"]
 
 
