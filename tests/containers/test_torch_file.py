@@ -5,10 +5,12 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.containers.container import open_container
@@ -150,7 +152,7 @@ class Reference:
 class Tensor:
     """Pickles to a call of what rebuilds a tensor."""
 
-    def __init__(self, *arguments, function=torch._utils._rebuild_tensor_v2):
+    def __init__(self, *arguments, function=_rebuild_tensor_v2):
         self.function, self.arguments = function, arguments
 
     def __reduce__(self):
@@ -168,7 +170,7 @@ def pickled(value) -> bytes:
     return stream.getvalue()
 
 
-def storage(*further, kind=torch.FloatStorage, key="0", count=6):
+def storage(*further: Any, kind: Any = torch.FloatStorage, key: Any = "0", count: Any = 6):
     return Reference("storage", kind, key, "cpu", count, *further)
 
 
@@ -262,7 +264,7 @@ def test_a_zip_of_another_byte_order_and_one_that_lacks_a_storage_are_refused(tm
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8])
 def test_a_tensor_whose_storage_has_no_type_is_read_in_its_own(tmp_path, dtype):
     untyped = storage(kind=torch.UntypedStorage, count=24)
-    value = {"w": Tensor(untyped, 1, (2,), (1,), False, None, dtype, function=torch._utils._rebuild_tensor_v3)}
+    value = {"w": Tensor(untyped, 1, (2,), (1,), False, None, dtype, function=_rebuild_tensor_v3)}
     ref = open_container(as_zip(tmp_path / "file.pth", value)).tree["w"]
     assert ref.dtype == dtype
     assert torch.equal(ref.read(), NUMBERS.view(dtype)[1:3])

@@ -126,7 +126,7 @@ def test_a_killed_process_goes_on_where_it_was(checkpoint, finished, tmp_path, k
 def kill_after(seconds: float, checkpoint: Path, out: Path, *, behind: str) -> None:
     """SIGKILL to a process of its own, so long after its run is `behind` a stage."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # spares it the import of torch
-    start = torch.multiprocessing.get_context("fork" if fork else "spawn")
+    start: Any = torch.multiprocessing.get_context("fork" if fork else "spawn")
     reached = start.Event()
     process = start.Process(target=run_until, args=(reached, behind, checkpoint, out))
     process.start()
