@@ -22,7 +22,7 @@ ATTENTION = "aten::scaled_dot_product_attention"
 # What fvcore counts though papers do not: one operation an element, no multiply-accumulate of a matrix.
 ELEMENTWISE = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm", "aten::adaptive_avg_pool2d")
 _UNCOUNTED: Final = "cannot count the MACs of {}; no honest figure exists"
-MATRIX_WORDS = ("mm", "matmul", "linear", "conv", "attention", "einsum", "dot", "bilinear")
+MATRIX_WORDS = ("mm", "mv", "matmul", "linear", "conv", "attention", "einsum", "dot", "addr", "bilinear")
 
 
 def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -170,7 +170,7 @@ def pickled(value) -> bytes:
     return stream.getvalue()
 
 
-def storage(*further, kind: Any = torch.FloatStorage, key: Any = "0", count: float = 6):
+def storage(*further: Any, kind: Any = torch.FloatStorage, key: Any = "0", count: Any = 6):
     return Reference("storage", kind, key, "cpu", count, *further)
 
 

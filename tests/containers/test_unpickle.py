@@ -120,3 +120,15 @@ def test_a_large_memo_index_and_deep_nesting_cost_nothing():
 def test_a_key_whose_hash_takes_for_ever_is_left_out():
     doubled = b"\x80\x02K\x01" + b"2\x86" * 100  # (x, x), 100 times: 2**100 leaves
     assert read(b"\x80\x02}" + doubled[2:] + b"Ns.").tree == {}
+
+
+@pytest.mark.parametrize(
+    "form", ["({arguments}i{name}\n.", "(c{name}\n{arguments}o."], ids=["by its name", "behind the mark"]
+)
+def test_objects_of_the_oldest_pickles_are_calls_as_well(form):
+    stub = read(form.format(name="argparse\nNamespace", arguments="I7\nI8\n").encode())
+    assert isinstance(stub.tree, Stub)
+    assert (stub.tree.name, stub.tree.arguments) == ("argparse.Namespace", (7, 8))
+    assert stub.foreign_names == ("argparse.Namespace",)
+    ordered = form.format(name="collections\nOrderedDict", arguments="((I1\nI2\ntl").encode()
+    assert read(ordered).tree == pickle.loads(ordered) == {1: 2}
