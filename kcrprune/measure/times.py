@@ -83,10 +83,6 @@ class TimeTable(Frozen):
     dense_ms: PositiveFloat  # of the whole network
     branches: dict[str, BranchTimes]  # by kind: class, what it is called with, widths
 
-    def same_place(self, other: "TimeTable") -> bool:
-        """Whether both were measured alike: on the same kind of machine with as many threads and images."""
-        return all(getattr(self, name) == getattr(other, name) for name in ("machine", "threads", "batch"))
-
 
 def read_times(path: Path) -> TimeTable:
     """The table in a file; ConfigError where there is none."""

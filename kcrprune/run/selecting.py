@@ -21,7 +21,6 @@ from kcrprune.surgery.narrow import cut_
 from kcrprune.training.losses import HeldOut, make_objective
 
 LOOKED_AT: Final = 1 / 4  # of the calibration images; what the plans differ by shows with as few, a choice of ours
-
 SURE: Final = 2  # standard errors; at one a plan won that test images did not confirm
 ENOUGH: Final = 8  # parts of the held-out images; fewer tell no error, a choice of ours
 NAMES: Final = {"labels": "task loss", "distill": "distance"}  # of the parts of a loss

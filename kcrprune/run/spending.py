@@ -53,6 +53,10 @@ class Tried(Frozen):
         assert self.timing.ratio_high is not None
         return self.timing.ratio_high
 
+    def keeps(self, target: float) -> bool:
+        """Whether it is no slower than may be missed."""
+        return self.high <= (1 + NEAR) * target
+
     def __str__(self) -> str:
         return f"{self.ratio:.3f} ({self.timing.ratio_low:.3f} to {self.high:.3f})"
 
@@ -123,7 +127,7 @@ def _tried(network: Network, budget: Budget, scores: Scores) -> list[Tried]:
         kept = network.cost.predicted(plan) / network.cost.dense
         timing = speed_of(network.dense, pruned, network.inputs, kept, SECONDS, budget.times.table.batch)
         tried.append(Tried(share=share, plan=plan, timing=timing))
-        if (1 - NEAR) * budget.target <= tried[-1].ratio and tried[-1].high <= (1 + NEAR) * budget.target:
+        if (1 - NEAR) * budget.target <= tried[-1].ratio and tried[-1].keeps(budget.target):
             break
         share = _corrected(budget, tried)
     return tried
@@ -136,8 +140,8 @@ def _corrected(budget: Budget, tried: Sequence[Tried]) -> float:
     interval counts as far as the target may be missed by; a wide one would take all.
     """
     target, last = budget.target, tried[-1]
-    slow = [one.share for one in tried if one.high > (1 + NEAR) * target]
-    fast = [one.share for one in tried if one.high <= (1 + NEAR) * target]
+    slow = [one.share for one in tried if not one.keeps(target)]
+    fast = [one.share for one in tried if one.keeps(target)]
     if slow and fast and max(fast) < min(slow):
         return (max(fast) + min(slow)) / 2
     took = last.ratio
@@ -150,7 +154,7 @@ def _corrected(budget: Budget, tried: Sequence[Tried]) -> float:
 
 def _best(tried: Sequence[Tried], target: float) -> Tried:
     """The slowest that keeps to the target, else the fastest."""
-    kept = [one for one in tried if one.high <= (1 + NEAR) * target]
+    kept = [one for one in tried if one.keeps(target)]
     return max(kept, key=lambda one: one.ratio) if kept else min(tried, key=lambda one: one.high)
 
 
@@ -164,7 +168,7 @@ def _judge(context: Context, budget: Budget, tried: Sequence[Tried], best: Tried
         )
     course = "; ".join(f"{one.share:.3f} by the table is {one} by the clock" for one in tried)
     context.say(f"target {budget.asked} of the dense time: {course}; taken: {best.ratio:.3f}")
-    if best.high > (1 + NEAR) * budget.target:
+    if not best.keeps(budget.target):
         context.say(
             f"the target may be missed: the upper end of the measured time, {best.high:.3f} of the dense one, lies "
             f"more than {NEAR:.0%} above it; a quieter machine tells more exactly",
