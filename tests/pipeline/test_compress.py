@@ -25,7 +25,7 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.plan import Axis, ChannelPlan, Outputs, Preprocessing
 from kcrprune.run import timed
 from kcrprune.run.selecting import Compared
-from tests.conftest import TINY, Tiny, relative_error
+from tests.tiny import TINY, Tiny, relative_error
 
 SHORT = RunConfig(
     target_flops=0.8,
