@@ -103,5 +103,5 @@ def test_one_image_is_counted_and_training_comes_back():
 
 
 def test_a_product_inside_a_library_is_named():
-    with pytest.raises(UnsupportedModelError, match="lstm|rnn"):
+    with pytest.raises(UnsupportedModelError, match=r"lstm|rnn"):
         count_macs(nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4)), (3, 4, 4))
