@@ -91,7 +91,8 @@ def test_everything_that_was_told_is_in_the_order_of_the_stages(context: Context
 def test_a_figure_that_is_no_number_is_remembered_as_none(context: Context):
     context.remember("search", [{"loss": float("nan"), "kc": 1.0}, {"loss": float("-inf")}, {"loss": 0.5}])
     assert context.record.history == {"search": [{"loss": None, "kc": 1.0}, {"loss": None}, {"loss": 0.5}]}
-    lines = to_lines(context.record.history | {"recover": [{"step": 1}]})
+    context.remember("recover", [{"step": 1}])
+    lines = to_lines(context.record.history)
     assert [json.loads(line) for line in lines.splitlines()] == [
         {"stage": "search", "loss": None, "kc": 1.0},
         {"stage": "search", "loss": None},

@@ -116,7 +116,7 @@ def numbers(parts: Any) -> list[int]:
 @pytest.mark.parametrize("count", [2, 5, 10, 20])
 def test_what_decides_is_in_no_other_part_and_is_a_fifth_at_most(split: float, count: int):
     every = batches(*[4] * count)
-    parts = divide_feeds(every, SMALL.model_copy(update={"search_split": split}), 4.0)
+    parts: Any = divide_feeds(every, SMALL.model_copy(update={"search_split": split}), 4.0)
     held, rest = numbers(parts.held_out), numbers(parts.training.feeds)
     assert sorted(held + rest) == list(range(count))
     assert len(held) == max(1, count // 5)
@@ -133,13 +133,13 @@ def test_what_decides_is_in_no_other_part_and_is_a_fifth_at_most(split: float, c
     assert (parts.weights.stage, parts.gates.stage, parts.training.stage) == (
         *("search: weights", "search: gates", "recover"),
     )
-    other = divide_feeds(every, SMALL.model_copy(update={"seed": 1}), 4.0)
+    other: Any = divide_feeds(every, SMALL.model_copy(update={"seed": 1}), 4.0)
     assert count == 2 or numbers(other.held_out + other.training.feeds) != held + rest
 
 
 def test_a_single_batch_serves_for_everything_and_large_outputs_leave_fewer_to_decide():
     (one,) = batches(3)
-    parts = divide_feeds([one], SMALL, 4.0)
+    parts: Any = divide_feeds([one], SMALL, 4.0)
     for part in (parts.held_out, parts.training.feeds, parts.weights.feeds, parts.gates.feeds, parts.calibration):
         assert numbers(part) == [0]
     every = batches(*[1] * 20)
