@@ -240,3 +240,11 @@ def test_room_is_asked_for_on_the_disk_of_the_folder(tmp_path, monkeypatch):
     with pytest.raises(KcrPruneError, match="make room, or choose a place on another disk"):
         require_room(tmp_path / "not yet", 9)
     assert asked == [tmp_path, tmp_path]
+
+
+def test_what_looks_like_a_leftover_and_names_no_process_stays(tmp_path):
+    stem = _temporary(tmp_path / "x").name.rpartition(f"{os.getpid()}-")[0]
+    for name in (f"{stem}mine-1.part", f"{stem}.part", f"{stem}{2**22 + 7}-1.part"):
+        (tmp_path / name).touch()
+    _temporary(tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}mine-1.part", f"{stem}.part"}

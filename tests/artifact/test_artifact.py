@@ -258,7 +258,7 @@ def test_what_the_system_or_the_library_says_is_one_sentence(tiny_vit, tmp_path,
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     """The artifact of a tiny ViT, cut; nobody writes into it."""
-    from tests.conftest import TINY
+    from tests.tiny import TINY
 
     path = tmp_path_factory.mktemp("written") / "model.safetensors"
     save(path, TINY[0])

@@ -17,7 +17,7 @@ from kcrprune.containers.contents import Contents, TensorRef
 from kcrprune.errors import CheckpointError, UnsupportedModelError
 from kcrprune.plan import Architecture
 from tests.checkpoints.outlines import shapes
-from tests.conftest import TINY
+from tests.tiny import TINY
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 SWIN_SIZES = {
