@@ -333,7 +333,7 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     if not first["loc"]:  # about a combination of options
         return reason
     name = str(first["loc"][0])
-    where = "" if file is None or name in flags else f"{file}: "
+    where = "" if name in flags else f"{file}: "
     if first["type"] == "extra_forbidden":
         near = [RENAMED[name]] if name in RENAMED else get_close_matches(name, RunConfig.model_fields)
         hint = f"did you mean {' or '.join(near)}?" if near else "`kcrprune compress --help` lists them all"

@@ -35,7 +35,7 @@ def _as_latency(value: Any) -> Any:
         found = float(number) if unit else float(as_share(value))
     except (TypeError, ValueError):
         found = nan
-    if isinstance(value, bool) or rest or not 0 < found < (inf if unit else 1):
+    if rest or not 0 < found < (inf if unit else 1):
         raise ValueError("it is written as a share of the dense time below 1, such as 0.7 or 70%, or as 5ms")
     return f"{found:.12g}ms" if unit else found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kcrprune.atomic import _temporary, make_folder_atomically, write_atomically
+from kcrprune.atomic import LEFTOVER, _temporary, make_folder_atomically, remove, require_room, write_atomically
 from kcrprune.errors import KcrPruneError, OutputExistsError
 
 
@@ -170,3 +170,81 @@ def test_a_disk_without_room_is_told_of_with_both_figures(tmp_path, monkeypatch)
             make(tmp_path / "x", lambda path: pytest.fail("nothing is begun"), needed=4_000_000)
     write_atomically(tmp_path / "fits", lambda path: path.write_text(""), needed=3_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["fits"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a folder", "link to nothing", "nothing"])
+def test_what_is_removed_is_gone_and_what_a_link_leads_to_stays(tmp_path, kind):
+    path, other = tmp_path / "x", tmp_path / "other"
+    (other / "below").mkdir(parents=True)
+    if kind == "file":
+        path.write_text("x")
+    elif kind == "folder":
+        (path / "below").mkdir(parents=True)
+        (path / "below" / "file").write_text("x")
+    elif kind != "nothing":
+        path.symlink_to(other if kind == "link to a folder" else "nowhere")
+    remove(path)
+    assert not path.is_symlink()
+    assert not path.exists()
+    assert (other / "below").is_dir()
+
+
+@pytest.mark.parametrize("target", ["file", "nothing"])
+def test_a_name_that_is_a_link_is_taken_wherever_it_leads(tmp_path, target):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(OutputExistsError, match=r"link exists already and nothing is overwritten; choose another path"):
+        write_atomically(tmp_path / "link", lambda temporary: pytest.fail("it was written"))
+    write_atomically(tmp_path / "link", lambda temporary: temporary.write_text("new"), replace=True)
+    assert (tmp_path / "link").read_text() == "new"
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_replaces_what_was_left_there(tmp_path):
+    (tmp_path / "new" / "below").mkdir(parents=True)
+    (tmp_path / "new" / "below" / "half").write_text("half")
+    make_folder_atomically(tmp_path / "new", lambda folder: (folder / "file").write_text("whole"))
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["new", "new/file"]
+
+
+@pytest.mark.parametrize("make", [write_atomically, make_folder_atomically])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("of no number")])
+def test_the_words_of_the_system_are_told_or_else_those_of_the_error(tmp_path, make, error):
+    def fail(_):
+        raise error
+
+    with pytest.raises(
+        KcrPruneError, match=rf"^cannot write {tmp_path / 'x'}: (No space left on device|of no number)$"
+    ):
+        make(tmp_path / "x", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_name_is_hidden_and_new_each_time_and_in_the_folder_of_what_it_becomes(tmp_path):
+    names = {_temporary(tmp_path / "model.safetensors") for _ in range(20)}
+    assert len(names) == 20
+    for name in names:
+        assert name.parent == tmp_path
+        assert name.name.startswith(LEFTOVER)
+        assert name.name.startswith(".")
+        assert name.suffix == ".part"
+        assert f"-{os.getpid()}-" in name.name
+    stems = {_temporary(tmp_path / name).name[: len(LEFTOVER) + 8] for name in ("a", "b")}
+    assert len(stems) == 2, "another name has another stem, so that its leftovers are not swept"
+
+
+def test_room_is_asked_for_on_the_disk_of_the_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or shutil._ntuple_diskusage(9, 1, 8))
+    require_room(tmp_path / "not yet", 8)
+    with pytest.raises(KcrPruneError, match="make room, or choose a place on another disk"):
+        require_room(tmp_path / "not yet", 9)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_what_looks_like_a_leftover_and_names_no_process_stays(tmp_path):
+    stem = _temporary(tmp_path / "x").name.rpartition(f"{os.getpid()}-")[0]
+    for name in (f"{stem}mine-1.part", f"{stem}.part", f"{stem}{2**22 + 7}-1.part"):
+        (tmp_path / name).touch()
+    _temporary(tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}mine-1.part", f"{stem}.part"}

@@ -6,7 +6,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from kcrprune.plan import ChannelPlan, Kept, block_of, canonical_json
+from kcrprune.plan import AXES, Architecture, ChannelPlan, Kept, Preprocessing, block_of, canonical_json, sides
 
 QUERY = {"site": "blocks.0.attn", "axis": "attn_query", "heads": 3, "width": 4, "kept_heads": [0, 2],
          "channels": [[0, 1], [1, 3]]}  # fmt: skip
@@ -115,3 +115,97 @@ def test_equal_data_has_one_text():
     assert json.loads(canonical_json({"b": [1.5], "a": {"d": 0, "c": True}})) == {"a": {"c": True, "d": 0}, "b": [1.5]}
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json({"loss": float("nan")})
+
+
+def test_a_plan_has_moved_by_the_channels_that_the_other_does_not_keep():
+    before = plan(QUERY, VALUE, HIDDEN)
+    assert before.moved_from(before) == 0
+    other = plan(QUERY | {"channels": [[0, 2], [1, 3]]}, VALUE, HIDDEN | {"channels": [[0, 4, 5]]})
+    assert (other.moved_from(before), before.moved_from(other)) == (2, 2)
+    fewer = plan(QUERY, VALUE, HIDDEN | {"channels": [[4]]})
+    assert (fewer.moved_from(before), before.moved_from(fewer)) == (0, 2)
+    heads = plan(*(group | {"kept_heads": [1, 2]} for group in (QUERY, VALUE)), HIDDEN)
+    assert heads.moved_from(before) == 3, "the same channels of another head are others"
+
+
+def test_of_a_block_with_several_branches_of_a_kind_each_stands_alone():
+    crowded = plan(FULL, FULL | {"site": "blocks.1.mlp2"}, HIDDEN, QUERY)
+    assert {name: [kept.site for kept in entries] for name, entries in crowded.blocks.items()} == {
+        "blocks.1.mlp": ["blocks.1.mlp"],
+        "blocks.1.mlp2": ["blocks.1.mlp2"],
+        "blocks.0": ["blocks.0.mlp", "blocks.0.attn"],
+    }
+
+
+def test_a_plan_is_data_in_order_with_room_for_a_permutation():
+    found = plan(HIDDEN, QUERY)
+    assert [kept.key for kept in found] == [("blocks.0.mlp", "mlp_hidden"), ("blocks.0.attn", "attn_query")]
+    assert found.stream is None
+    assert plan(HIDDEN, stream=[1, 0]).stream == (1, 0)
+    assert Kept.model_validate(HIDDEN).heads == 1
+    assert Kept.model_validate(HIDDEN).kept_heads == (0,)
+    assert plan().is_all
+    with pytest.raises(ValidationError, match="frozen"):
+        found.architecture = "other"  # type: ignore[misc]
+    assert len(set(AXES)) == len(AXES) == 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [HIDDEN],
+        {"architecture": None, "groups": [HIDDEN], "blocks": [7]},
+        {"architecture": 7, "blocks": [OLD]},
+        {"architecture": None, "groups": HIDDEN},
+        {"groups": [HIDDEN]},
+    ],
+)
+def test_what_is_no_plan_is_refused(data):
+    with pytest.raises(ValidationError):
+        ChannelPlan.model_validate(data)
+
+
+def test_blocks_of_format_1_may_be_a_tuple_and_name_no_network():
+    assert ChannelPlan.model_validate({"blocks": (OLD,)}).architecture is None
+    with pytest.raises(ValidationError, match="blocks: a list of blocks is wanted"):
+        ChannelPlan.model_validate({"blocks": {"0": OLD}})
+    with pytest.raises(ValidationError, match="blocks: KeyError 'site'"):
+        ChannelPlan.model_validate({"blocks": [{}]})
+
+
+def preprocessing(**changes):
+    return Preprocessing.model_validate({"input_size": (3, 8, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3} | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean": (0.5,) * 2},
+        {"std": (0.5,) * 4},
+        {"input_size": (1, 8, 8)},
+        {"input_size": (0, 8, 8), "mean": (), "std": ()},
+        {"input_size": (3, 2049, 8)},
+        {"input_size": (3, 8, 0)},
+        {"input_size": (65, 8, 8), "mean": (0,) * 65, "std": (1,) * 65},
+        {"std": (0.5, 0.5, 9e-7)},
+        {"mean": (0.5, 0.5, float("inf"))},
+        {"crop_pct": 0.049},
+        {"crop_pct": 4.1},
+        {"interpolation": "cubic"},
+        {"crop_mode": "left"},
+    ],
+)
+def test_how_an_image_becomes_an_input_is_bounded(changes):
+    with pytest.raises(ValidationError):
+        preprocessing(**changes)
+
+
+def test_bounds_themselves_are_within():
+    widest = preprocessing(input_size=(64, 2048, 1), mean=(0,) * 64, std=(1e-6,) * 64, crop_pct=0.05)
+    assert widest.input_size == (64, 2048, 1)
+    assert (preprocessing().crop_pct, preprocessing().crop_mode, preprocessing().interpolation) == (
+        *(1.0, "center", "bicubic"),
+    )
+    assert sides(7) == (7, 7)
+    assert sides((7, 8)) == (7, 8)
+    assert Architecture(family="vit", name="x").arguments == {}

@@ -111,6 +111,8 @@ def export(
         raise ConfigError("--onnx names an ONNX file; where --format or --out is given, leave it out")
     if into is not None and (form != "onnx" or onnx is not None):
         raise ConfigError("--into writes the file that it names anew; leave --format and --onnx out")
+    if keep_shapes and into is None:
+        raise ConfigError("--keep-shapes says how --into writes its file; give --into with it")
     settings = load_config(file=config, flags=given)
     with render.progress(quiet=quiet) as listener:
         from kcrprune import pipeline

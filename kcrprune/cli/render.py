@@ -71,12 +71,7 @@ def run(result: "RunResult", *, as_json: bool = False) -> None:
 
 def reports(found: Sequence[ModelReport], *, form: str) -> None:
     """One model, or models side by side."""
-    if form == "json":
-        _json(list(found))
-    elif form == "markdown":
-        line(to_markdown(found).rstrip())
-    else:
-        _described(found)
+    _in_form(list(found), form)
 
 
 def exported(result: "ExportResult", *, as_json: bool = False) -> None:
@@ -114,12 +109,7 @@ def evaluation(result: "Evaluation", *, as_json: bool = False) -> None:
 
 def inspection(found: Inspection, *, form: str = "table") -> None:
     """What a file is."""
-    if form == "json":
-        _json(found)
-    elif form == "markdown":
-        line(to_markdown(found).rstrip())
-    else:
-        _described(found)
+    _in_form(found, form)
 
 
 def networks(found: Sequence[Network], *, form: str = "table") -> None:
@@ -147,6 +137,15 @@ def failure(text: str) -> None:
 def finish() -> None:
     """Sends on what was printed; the errors are those of the results."""
     Output(sys.stdout).flush()
+
+
+def _in_form(what: Inspection | Sequence[ModelReport], form: str) -> None:
+    if form == "json":
+        _json(what)
+    elif form == "markdown":
+        line(to_markdown(what).rstrip())
+    else:
+        _described(what)
 
 
 def _described(what: Comparison | Inspection | Sequence[ModelReport]) -> None:

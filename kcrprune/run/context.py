@@ -35,14 +35,7 @@ FREE: Final = {  # settings that change no result: a run may go on with others, 
     "bench": "what is timed once the network is made",
     "device": "where it is computed: a run that lost its GPU may end on the CPU",
 }
-
-
-PLACES: Final = (
-    "data",
-    "class_map",
-    "teacher",
-    "latency_table",
-)  # settings that say where something lies; digests say what it is
+PLACES: Final = ("data", "class_map", "teacher", "latency_table")  # where something lies; digests say what it is
 
 
 class Record(BaseModel):

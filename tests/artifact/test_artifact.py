@@ -2,14 +2,18 @@
 
 import json
 import struct
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from kcrprune.artifact.artifact import KEY, open_model, save_model
+from kcrprune.artifact import artifact
+from kcrprune.artifact.artifact import KEY, content_hash, is_artifact, open_model, rounded_, save_model, write_tensors
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.narrow import cut_
@@ -163,3 +167,155 @@ def test_an_artifact_of_format_1_opens_to_the_same_outputs(label: str):
     assert opened.plan is not None
     assert not opened.plan.is_all
     torch.testing.assert_close(opened.model(wanted["images"]), wanted["output"], rtol=1e-5, atol=1e-6)
+
+
+def normed() -> nn.Module:
+    """Parameters, and buffers of two types that are none."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_parameters_are_rounded_to_what_a_type_can_hold_and_buffers_stay(dtype):
+    model, exact = normed(), normed()
+    model[1].running_mean.fill_(1 / 3)  # type: ignore[index,union-attr]
+    assert rounded_(model, dtype) is model
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, exact.get_parameter(name).to(dtype).float())
+    assert torch.equal(model.get_buffer("1.running_mean"), torch.full((4,), 1 / 3))
+
+
+@pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (65520.0, False), (-1e5, False), (float("nan"), True)])
+def test_a_value_that_a_type_is_too_small_for_is_named(value, fits):
+    model = normed()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[2] = value
+    if fits:
+        assert not rounded_(model, torch.float16).get_parameter("0.bias").isinf().any()
+        return
+    with pytest.raises(
+        ConfigError, match=r"^0\.bias holds values that torch\.float16 is too small for; choose --dtype b"
+    ):
+        rounded_(model, torch.float16)
+    rounded_(model, torch.bfloat16)
+
+
+def test_parameters_alone_are_stored_in_another_type_and_what_is_stored_is_hashed(tmp_path):
+    model, hashed = normed(), []
+
+    def contract(tensors):
+        hashed.append({name: value.dtype for name, value in tensors.items()})
+        return PREPROCESSING
+
+    write_tensors(tmp_path / "half", model, contract, torch.float16)
+    found = load_file(tmp_path / "half")
+    assert hashed == [{name: value.dtype for name, value in found.items()}]
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value.half() if name in dict(model.named_parameters()) else value)
+    write_tensors(tmp_path / "whole", model, contract, None)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(tmp_path / "whole").items())
+
+
+def test_the_hash_is_that_of_names_types_shapes_and_bytes_in_the_order_of_names():
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(True)}
+    expected = sha256(b'["a","torch.bool",[]]' + b"\x01")
+    expected.update(b'["b","torch.float32",[3,2]]' + struct.pack("<6f", 0, 3, 1, 4, 2, 5))
+    assert content_hash(tensors) == content_hash(dict(reversed(tensors.items()))) == expected.hexdigest()
+    others: list[dict[str, torch.Tensor]] = [
+        tensors | {"b": tensors["b"].reshape(2, 3)},
+        tensors | {"b": tensors["b"].view(torch.int32)},
+        {"b": tensors["b"], "c": tensors["a"]},
+        tensors | {"a": torch.tensor(False)},
+    ]
+    assert len({content_hash(other) for other in [tensors, *others]}) == 5
+
+
+def test_a_file_or_a_folder_of_ours_is_told_from_others(tiny_vit, tmp_path):
+    save(tmp_path / "model.safetensors", tiny_vit)
+    save_file({"w": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert [is_artifact(tmp_path / name) for name in ("", "model.safetensors", "link")] == [True] * 3
+    assert [is_artifact(tmp_path / name) for name in ("other.safetensors", "text", "empty", "absent")] == [False] * 4
+
+
+def test_what_the_system_or_the_library_says_is_one_sentence(tiny_vit, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"n+ cannot be read \(File name too long\)"):
+        open_model(tmp_path / ("n" * 300))
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("no room")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(KcrPruneError, match=r"^cannot write .*model\.safetensors: no room$"):
+        save(tmp_path / "model.safetensors", tiny_vit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The artifact of a tiny ViT, cut; nobody writes into it."""
+    from tests.tiny import TINY
+
+    path = tmp_path_factory.mktemp("written") / "model.safetensors"
+    save(path, TINY[0])
+    return path
+
+
+@pytest.mark.parametrize("version", [None, True, 0, -1, 1.5, "2", [2]])
+def test_a_format_is_a_number_from_1(written, tmp_path, version):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(written.read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors states no format version in its kcrprune metadata"):
+        open_model(rewritten(path, lambda contract: contract.update(format=version)))
+    assert open_model(rewritten(path, lambda contract: contract.update(format=1))).plan
+
+
+def test_a_network_of_the_users_own_is_to_be_restored(written, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(written.read_bytes())
+    told = rewritten(path, lambda contract: contract.update(network="mine:Net", format=3))
+    with pytest.raises(
+        CheckpointError, match=r"holds a mine:Net, .* kcrprune\.restore\(dense, path\) cuts a dense one"
+    ):
+        open_model(told)
+
+
+@pytest.mark.parametrize(
+    ("stated", "asked", "outputs", "names"),
+    [
+        (None, None, "classes", True),  # of before: as the last layer says
+        ("features", None, "features", False),
+        ("classes", "features", "features", False),
+        ("features", "classes", "classes", True),
+    ],
+)
+def test_outputs_are_what_is_asked_else_what_is_stated_and_classes_alone_have_names(
+    written, tmp_path, stated, asked, outputs, names
+):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(written.read_bytes())
+    rewritten(path, lambda contract: contract.update(outputs=stated))
+    opened = open_model(path, outputs=asked)
+    assert (opened.outputs, opened.class_names) == (outputs, ("a", "b", "c", "d", "e") if names else None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [(64, 64), ((64, 64), 64), ((32, 48), [32, 48]), (32, None), ((32, 32), None), (None, None)]
+)
+def test_another_size_becomes_an_argument_of_the_network_and_a_note(written, tiny_vit, asked, told):
+    opened = open_model(written, img_size=asked)
+    assert opened.architecture.arguments == tiny_vit.architecture.arguments | ({"img_size": told} if told else {})
+    assert opened.digest == sha256(written.read_bytes()).hexdigest()
+    assert opened.file_bytes == written.stat().st_size
+    assert opened.path == written
+    assert len(opened.notes) == (2 if told else 1)
+    if told:
+        text = "32,48" if told == [32, 48] else "64"
+        assert opened.notes[1] == f"image size {text} in place of 32: as asked; tables of positions are resized"
+        assert opened.record == {}, "no figure is of this size"
+    else:
+        assert opened.record == {"seed": 1, "nested": {"loss": 0.5}}

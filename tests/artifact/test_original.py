@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kcrprune.artifact.artifact import open_model
-from kcrprune.artifact.original import put_back
+from kcrprune.artifact.original import GONE, KEPT, STRANGE, _around, _cut, put_back
 from kcrprune.cli.app import run
 from kcrprune.errors import CheckpointError, ExportError, OutputExistsError
 from kcrprune.plan import AXES
@@ -154,3 +154,63 @@ def test_by_the_command_line(tmp_path, monkeypatch, capsys):
     old, new = (torch.load(name)["state_dict"] for name in ("segmenter.pth", "zeros.pth"))
     assert {name: value.shape for name, value in old.items()} == {name: value.shape for name, value in new.items()}
     assert run(["export", "run", "--into", "segmenter.pth", "--format", "timm"]) == 2
+
+
+GRID = torch.arange(1.0, 7.0).reshape(2, 3)
+
+
+def states(*rows: str) -> torch.Tensor:
+    """Of each element: s(trange), k(ept) or g(one)."""
+    letters = {"s": STRANGE, "k": KEPT, "g": GONE}
+    return torch.tensor([[letters[letter] for letter in row] for row in rows], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (states("kkk", "kkk"), -GRID),
+        (states("sss", "sss"), GRID),
+        (states("sks", "kss"), torch.tensor([[1.0, -2, 3], [-4, 5, 6]])),
+        (states("kgk", "kgs"), torch.tensor([[-1.0, -3], [-4, 6]])),
+        (states("ggg", "ksk"), torch.tensor([[-4.0, 5, -6]])),
+        (states("ggg", "kgs"), torch.tensor([[-4.0, 6]])),
+        (states("ggg", "ggg"), torch.empty(0, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_of_a_tensor_of_the_file_what_is_kept_is_new_and_what_is_gone_leaves_no_gap(state, expected, dtype):
+    old, before = GRID.to(dtype), GRID.to(dtype)
+    new = _cut(old, -GRID.double(), state, "w")
+    assert (new.dtype, new.tolist()) == (dtype, expected.tolist())
+    assert torch.equal(old, before)
+
+
+def test_a_vector_loses_places_and_what_is_no_tensor_any_more_is_refused():
+    state = torch.tensor([KEPT, GONE, STRANGE], dtype=torch.uint8)
+    assert _cut(torch.ones(3), torch.zeros(3).double(), state, "b").tolist() == [0, 1]
+    with pytest.raises(ExportError, match=r"^what is left of w is no tensor$"):
+        _cut(GRID, GRID.double(), states("gkk", "kkg"), "w")
+    large = GRID.double() * 1e5
+    with pytest.raises(
+        ExportError, match=r"^w holds values that torch\.float16, its type in the file, is too small for"
+    ):
+        _cut(GRID.half(), large, states("kkk", "kkk"), "w")
+    assert _cut(GRID.half(), large, states("sss", "sss"), "w").tolist() == GRID.tolist()
+
+
+def test_what_is_plain_stays_around_the_table_and_the_rest_is_named():
+    table, new, stub = {"w": object(), "n": 3}, {"w": torch.ones(2)}, object()
+    tree = {
+        "epoch": 3,
+        "meta": {"classes": ["cat", b"dog"], "at": (1, 2.5, None), "none": {}},
+        "hook": stub,
+        "deep": {"list": [1, [stub]]},
+        "state": {"table": table, "other": {"x": stub}, "\x1b[31m": stub},
+        3: stub,
+    }
+    kept, lost = _around(tree, ("state", "table"), new)
+    assert kept == {"epoch": 3, "meta": tree["meta"], "state": {"table": {"w": new["w"], "n": 3}}}
+    assert kept["state"]["table"]["w"] is new["w"]
+    assert lost == ["hook", "deep", "3", "other", r"\x1b[31m"]
+    assert tree["state"]["table"]["w"] is not new["w"], "the file's own table is as it was"
+    assert _around(table, (), new) == ({"w": new["w"], "n": 3}, [])

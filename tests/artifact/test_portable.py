@@ -1,5 +1,6 @@
 """What leaves for people without kcrprune computes the same there."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -11,9 +12,10 @@ import timm
 import torch
 from torch import nn
 
+from kcrprune.artifact import portable
 from kcrprune.artifact.artifact import open_model
 from kcrprune.artifact.portable import save_for_timm, save_program, timm_arguments
-from kcrprune.errors import ExportError, OutputExistsError
+from kcrprune.errors import ExportError, KcrPruneError, OutputExistsError
 from kcrprune.plan import ChannelPlan, Kept, Preprocessing
 from kcrprune.surgery.narrow import cut_, full_plan
 from tests.tiny import TINY, Tiny, random_plan
@@ -125,3 +127,106 @@ def test_a_taken_folder_stays(tiny_vit, tmp_path):
     model = tiny_vit.model()
     with pytest.raises(OutputExistsError):
         save(tmp_path, tiny_vit, uniform_plan(model, tiny_vit), model)
+
+
+def kept(block: str, axis: str, width: int, count: int, heads: int = 1) -> Kept:
+    """What a plan keeps of a group; `count` channels of each head."""
+    branch = "mlp" if axis.startswith("mlp") else "attn"
+    every = tuple(range(heads))
+    return Kept.model_validate(
+        {"site": f"{block}.{branch}", "axis": axis, "heads": heads, "width": width, "kept_heads": every}
+        | {"channels": [list(range(count))] * heads}
+    )
+
+
+def of_blocks(*units: int, names: str = "blocks.{}", io: int | None = 24) -> ChannelPlan:
+    """A plan of blocks of 24 channels that keep so many of 96 hidden units."""
+    groups = []
+    for index, count in enumerate(units):
+        block = names.format(index)
+        groups += [kept(block, "attn_value", 12, 12, heads=2), kept(block, "mlp_hidden", 96, count)]
+        groups += [kept(block, "mlp_io", io, io)] if io else []
+    return ChannelPlan(architecture="x", groups=tuple(groups))
+
+
+@pytest.mark.parametrize("io", [24, None])
+@pytest.mark.parametrize("units", range(1, 96, 5))
+def test_the_ratio_is_one_from_which_timm_computes_the_width(units: int, io: int | None):
+    ratio = timm_arguments(BY_LABEL["vit"].architecture, of_blocks(units, units, io=io))["mlp_ratio"]
+    assert isinstance(ratio, float)
+    assert int(24 * ratio) == units
+
+
+def test_what_is_not_cut_needs_no_argument():
+    architecture = BY_LABEL["vit"].architecture
+    for plan in (None, of_blocks(96, 96)):
+        assert timm_arguments(architecture, plan) == architecture.arguments
+        assert timm_arguments(architecture, plan) is not architecture.arguments
+
+
+def test_stages_of_a_swin_have_a_ratio_each_and_other_networks_one_in_all():
+    names = ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0")
+    groups = of_blocks(48, 48, 24).groups
+    renamed = [
+        group.model_copy(update={"site": group.site.replace(f"blocks.{index}", names[index])})
+        for index in range(3)
+        for group in groups
+        if group.block == f"blocks.{index}"
+    ]
+    plan = ChannelPlan(architecture="x", groups=tuple(renamed))
+    assert timm_arguments(BY_LABEL["swin"].architecture, plan)["mlp_ratio"] == [2.0, 1.0]
+    with pytest.raises(ExportError, match=r"one MLP ratio for all stages of this network; export a \.pt2 or ONNX"):
+        timm_arguments(BY_LABEL["vit"].architecture, plan)
+
+
+def test_a_folder_for_timm_holds_two_files_that_say_what_was_asked_for(tiny_vit, tmp_path):
+    model, plan = tiny_vit.model(), uniform_plan(tiny_vit.model(), tiny_vit)
+    cut_(model, plan)
+    folder = tmp_path / "new" / "below"
+    options = {"architecture": tiny_vit.architecture, "preprocessing": PREPROCESSING}
+    save_for_timm(folder, model, plan=plan, class_names=None, **options)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["below"]
+    told = json.loads((folder / "config.json").read_text("utf-8"))
+    assert (told["architecture"], told["num_classes"], told["label_names"]) == ("vit_tiny_patch16_224", 5, None)
+    stated = PREPROCESSING.model_dump(mode="json")
+    assert told["pretrained_cfg"] == {name: value for name, value in stated.items() if name != "source"}
+    assert told["model_args"]["embed_dim"] == 24
+    with pytest.raises(OutputExistsError):
+        save_for_timm(folder, model, plan=plan, class_names=None, **options)
+
+
+def test_a_folder_that_could_not_be_filled_is_not_there(tiny_vit, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model = tiny_vit.model()
+    monkeypatch.setattr(portable, "save_file", full)
+    with pytest.raises(KcrPruneError, match=r"No space left on device"):
+        save(tmp_path / "folder", tiny_vit, uniform_plan(model, tiny_vit), model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("factor", "same"), [(1.0, True), (1 + 0.9e-5, True), (1 - 0.9e-5, True), (1 + 1.2e-5, False), (torch.nan, False)]
+)
+def test_a_program_may_differ_by_a_hundred_thousandth_of_the_largest_output(factor: float, same: bool):
+    class Largest(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            counted.append(len(images))
+            return torch.tensor([[-100.0, 1.0]], dtype=torch.float64).expand(len(images), 2)
+
+    counted: list[int] = []
+    model = Largest()
+
+    def program(images: torch.Tensor) -> torch.Tensor:
+        wrong = model(images).clone()
+        wrong[-1, 0] *= factor
+        return wrong
+
+    if same:
+        portable._compare(program, model, (3, 8, 8))
+        assert counted == [1, 1, 3, 3], "of other batch sizes than the one that was exported"
+    else:
+        with pytest.raises(ExportError, match=r"differs from the model by (1\.2e-05|nan) for 1 images"):
+            portable._compare(program, model, (3, 8, 8))

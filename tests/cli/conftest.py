@@ -72,6 +72,9 @@ class FakePipeline(ModuleType):
     def port(self, model, out, form, config, listener):
         return self._answer(Ported(Path("m.pt2"), form, 90_000), model=model, out=out, form=form, config=config)
 
+    def port_into(self, model, into, out, config, listener, *, keep_shapes):
+        return self._answer(Ported(Path("d.pth"), "original", 90_000), into=into, out=out, keep_shapes=keep_shapes)
+
     def evaluate(self, model, config, listener):
         return self._answer(Evaluation(1000, 0.8465, 0.99, 0.5, None), model=model, config=config)
 

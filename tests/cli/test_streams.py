@@ -105,3 +105,33 @@ def test_an_output_says_what_is_wrong(monkeypatch):
         Output(Broken(FAULTS[1])).write("x")
     with pytest.raises(Unread):
         Output(Broken(FAULTS[0])).write("x")
+
+
+class Unflushable(io.StringIO):
+    """Takes text in and cannot send it on; it knows no encoding."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, ValueError("I/O operation on closed file")], ids=str)
+def test_what_cannot_be_sent_on_is_lost_of_a_log_and_told_of_a_result(monkeypatch, fault):
+    monkeypatch.setattr(streams, "abandon_output", lambda: None)
+    log = Unheard(Unflushable(fault))
+    assert log.write("é\udcff") == 2
+    log.flush()
+    assert log.getvalue() == r"é\udcff"
+    with pytest.raises(Unread if isinstance(fault, BrokenPipeError) else KcrPruneError):
+        Output(Unflushable(fault)).flush()
+
+
+def test_a_stream_that_is_closed_is_no_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert Unheard(stream).isatty()
+    stream.close()
+    assert not Unheard(stream).isatty()

@@ -1,13 +1,14 @@
 """Safetensors headers that contradict themselves or their file are refused; honest ones read as the library reads."""
 
 import json
+import os
 import struct
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kcrprune.containers.safetensors_file import read_header
+from kcrprune.containers.safetensors_file import DTYPES, is_safetensors, read_header
 from kcrprune.errors import CheckpointError
 
 
@@ -85,3 +86,46 @@ def test_every_truncation_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
             read_header(path)
+
+
+def test_a_name_that_is_no_utf_8_is_to_be_changed(tmp_path):
+    path = tmp_path / os.fsdecode(b"weights\xff.safetensors")
+    written(path, {"w": entry()})
+    with pytest.raises(CheckpointError, match="are read by names that are UTF-8; rename it"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "U16", "U32", "U64"])
+def test_a_type_that_no_weight_has_is_named_with_its_tensor(tmp_path, kind):
+    size = 8 // {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}[kind]
+    path = written(tmp_path / "file.safetensors", {"w\x1b": entry(kind, (size,))})
+    with pytest.raises(CheckpointError, match=rf"tensor w\\x1b has the type {kind}, which is not read"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_each_type_is_that_of_the_library(tmp_path, kind):
+    count = 8 // DTYPES[kind].itemsize
+    path = written(tmp_path / "file.safetensors", {"w": entry(kind, (count,))}, bytes([1, 0] * 4))
+    ref, expected = read_header(path).tensors["w"], load_file(path)["w"]
+    assert (ref.dtype, ref.shape, ref.nbytes) == (expected.dtype, (count,), 8)
+    assert torch.equal(ref.read(), expected)
+    assert read_header(path).metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("start", "like"),
+    [
+        (struct.pack("<Q", 2**48 - 1) + b"{", True),
+        (struct.pack("<Q", 2**48) + b"{", False),
+        (struct.pack("<Q", 2**56) + b"{", False),
+        (struct.pack("<Q", 7) + b"[", False),
+        (struct.pack("<Q", 7), False),
+        (b"{", False),
+        (b"", False),
+    ],
+)
+def test_a_file_is_told_by_its_first_nine_bytes(tmp_path, start, like):
+    path = tmp_path / "of any name"
+    path.write_bytes(start)
+    assert is_safetensors(path) == like

@@ -14,8 +14,9 @@ from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.containers.container import open_container
-from kcrprune.containers.contents import check_memory, read_all
-from kcrprune.containers.modules import state_dict
+from kcrprune.containers.contents import Contents, TensorRef, check_memory, digest, read_all, shapes_of, some
+from kcrprune.containers.modules import MOST_PARTS, attributes, is_module, parts, state_dict
+from kcrprune.containers.pickled_calls import Stub
 from kcrprune.containers.torch_file import MAGIC
 from kcrprune.errors import CheckpointError
 
@@ -271,3 +272,133 @@ def test_a_tensor_whose_storage_has_no_type_is_read_in_its_own(tmp_path, dtype):
     value["w"].arguments = (*value["w"].arguments[:6], torch.complex64)
     with pytest.raises(CheckpointError, match="no storage or no known type"):
         open_container(as_zip(tmp_path / "other.pth", value))
+
+
+def ref(*shape: int, dtype: torch.dtype = torch.float32, made: Any = None) -> TensorRef:
+    """A tensor of zeros; `made` learns that it was read."""
+
+    def read() -> torch.Tensor:
+        if made is not None:
+            made.append(shape)
+        return torch.zeros(shape, dtype=dtype)
+
+    return TensorRef(dtype, shape, read)
+
+
+def test_tensors_are_read_where_together_they_are_no_larger_than_their_file(tmp_path):
+    made: list[tuple[int, ...]] = []
+    refs = {"a": ref(2, 3, made=made), "b": ref(dtype=torch.float64, made=made), "c": ref(0, 5, made=made)}
+    assert [value.nbytes for value in refs.values()] == [24, 8, 0]
+    with pytest.raises(
+        CheckpointError, match=r"x is 31 bytes long but its tensors would take 32; no honest checkpoint"
+    ):
+        read_all(refs, 31, Path("x"))
+    assert made == []
+    found = read_all(refs, 32, Path("x"))
+    assert shapes_of(found) == {"a": (2, 3), "b": (), "c": (0, 5)}
+    assert made == [(2, 3), (), (0, 5)]
+
+
+def test_twice_the_tensors_have_to_fit_the_machine(monkeypatch):
+    import psutil
+
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(total=2**30))
+    huge = {"a": ref(2**27)}
+    with pytest.raises(CheckpointError, match=r"^x needs 1\.0 GB of memory, this machine has 1\.0$"):
+        read_all({**huge, "b": ref(1)}, 2**40, Path("x"))
+    check_memory(2**30, Path("x"))
+    with pytest.raises(CheckpointError, match=r"needs 2\.5 GB of memory, this machine has 1\.0$"):
+        check_memory(5 * 2**29, Path("x"))
+
+
+def test_a_digest_is_that_of_all_files_in_a_row(tmp_path):
+    from hashlib import sha256
+
+    large = bytes(range(256)) * 5000  # more than a block
+    (tmp_path / "a").write_bytes(large)
+    (tmp_path / "b").write_bytes(b"end")
+    both = Contents(Path("x"), (tmp_path / "a", tmp_path / "b"), "two files", {})
+    assert digest(both.files) == sha256(large + b"end").hexdigest()
+    assert both.nbytes == len(large) + 3
+    assert digest(()) == sha256().hexdigest()
+
+
+def test_three_names_are_told_and_whether_there_are_more():
+    assert some(["a"]) == "a"
+    assert some(["a", "b\n", "c"]) == "a, b\\n, c"
+    assert some(["a", "b", "c", "d"]) == "a, b, c, ..."
+    assert some(["n" * 70]) == "n" * 60
+
+
+def module_of(name: str = "torch.nn.Module", state: Any = None, **held: Any) -> Stub:
+    tables = {kind: held.pop(kind, {}) for kind in ("_parameters", "_modules", "_buffers")}
+    return Stub(name, state=state or {**tables, **held})
+
+
+def test_attributes_are_those_of_a_state_with_slots_or_without():
+    assert attributes(module_of(eps=1)).get("eps") == 1
+    assert attributes(Stub("x", state=({"eps": 1}, {"slot": 2}))) == {"eps": 1}
+    assert attributes(Stub("x", state=({"eps": 1}, {}, 3))) == {}
+    assert attributes(Stub("x", state=[1])) == {}
+    assert attributes(Stub("x")) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "module"),
+    [
+        (module_of(), True),
+        (Stub("__torch__.vit", state=7), True),
+        (Stub("__torch__", state={}), False),
+        (Stub("x", state={"_parameters": {}}), False),
+        (Stub("x", state={"_modules": {}}), False),
+        ({"_parameters": {}, "_modules": {}}, False),
+    ],
+)
+def test_a_module_is_a_stub_that_holds_parameters_and_modules(value, module):
+    assert is_module(value) == module
+
+
+def test_every_part_has_its_dotted_name_and_what_it_holds_itself():
+    inner = module_of("Inner", _parameters={"weight": ref(1), "bias": None, 3: ref(2)}, _buffers={"kept": ref(3)})
+    scripted = Stub("__torch__.Scripted", state={"table": ref(5), "eps": 1e-6, "below": inner})
+    whole = module_of("Whole", _modules={"a": inner, "s": scripted, "none": None}, _buffers={"gone": ref(4)})
+    whole.state["_non_persistent_buffers_set"] = ["gone"]
+    assert {name: stub.name for name, stub, _ in parts(whole)} == {
+        "": "Whole",
+        "a.": "Inner",
+        "s.": "__torch__.Scripted",
+        "s.below.": "Inner",
+    }
+    assert {name: value.shape for name, value in state_dict(whole).items()} == {
+        "a.weight": (1,),
+        "a.kept": (3,),
+        "s.table": (5,),
+        "s.below.weight": (1,),
+        "s.below.kept": (3,),
+    }
+
+
+def test_parts_are_counted_before_they_are_gone_through():
+    table = {str(index): None for index in range(MOST_PARTS - 1)}
+    assert len(list(parts(module_of(_parameters=table)))) == 1
+    with pytest.raises(
+        CheckpointError, match=f"the pickled module has more than {MOST_PARTS} parts, so it is not read"
+    ):
+        list(parts(module_of(_parameters=table | {"one more": None})))
+
+
+def test_of_several_pickles_in_a_zip_the_one_with_the_shortest_name_is_read(tmp_path):
+    path = as_zip(tmp_path / "file.pth", whole(), **{"code/data.pkl": pickled("another")})
+    assert open_container(path).tree.keys() == {"w"}
+    assert open_container(path).container == "PyTorch file"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stream_that_becomes_shorter_is_noticed_when_it_is_read(tmp_path):
+    path = as_stream(tmp_path / "file.pth", whole(of=storage(None)))
+    opened = open_container(path)
+    assert opened.container == "PyTorch file (before 1.6)"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="is damaged: it refers past the end of a storage"):
+        opened.tree["w"].read()

@@ -1,10 +1,21 @@
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcrprune.measure.report import Accuracy, Timing
-from kcrprune.measure.summary import speed_line, summary, tables_of, to_markdown
+from kcrprune.measure.report import Accuracy, BlockWidths, Network, StageTime, Timing
+from kcrprune.measure.summary import (
+    STATED,
+    network_table,
+    notes_of,
+    speed_line,
+    stage_table,
+    summary,
+    tables_of,
+    to_markdown,
+    width_table,
+)
 from tests.measure.examples import AFTER, BLOCK, COMPARISON, INSPECTION, report
 
 
@@ -126,3 +137,127 @@ def test_a_run_ends_with_its_time_beside_its_macs():
 def test_what_activations_take_is_a_size():
     text = to_markdown((report(activation_bytes=4_000_000), report(activation_bytes=3_000_000)))
     assert cells(text, "peak activations of one image") == ["4.00 MB", "3.00 MB", "x 0.750"]
+
+
+def test_stages_have_a_column_for_a_gpu_where_one_was_used_and_a_sum_of_what_adds_up():
+    stages = (
+        StageTime(stage="a", seconds=1.5, peak_memory_mib=100, peak_device_mib=None),
+        StageTime(stage="b", seconds=2.25, passes=3, algebra_seconds=1, peak_memory_mib=90, peak_device_mib=50),
+    )
+    table = stage_table(stages)
+    assert table.header == (
+        "stage",
+        "time",
+        "passes of the dense network",
+        "algebra",
+        "peak memory so far",
+        "of the GPU",
+    )
+    assert table.rows == (
+        ("a", "1.5 s", "-", "-", "104.86 MB", "-"),
+        ("b", "2.2 s", "3.0", "1.0 s", "94.37 MB", "52.43 MB"),
+        ("all", "3.8 s", "", "1.0 s", "104.86 MB", "52.43 MB"),
+    )
+    alone = stage_table(stages[:1])
+    assert "of the GPU" not in alone.header
+    assert alone.rows[-1] == ("all", "1.5 s", "", "-", "104.86 MB")
+    assert stage_table(()).rows == (("all", "0.0 s", "", "-", "-"),)
+
+
+def test_widths_are_whole_cut_or_absent_and_axes_stand_in_their_order():
+    blocks = (
+        BlockWidths(site="a", dense={"mlp_hidden": 8, "mlp_io": 4}, kept={"mlp_hidden": 0, "mlp_io": 4}),
+        BlockWidths(site="b", dense={"heads": 2}, kept={"heads": 2}),
+    )
+    table = width_table(blocks)
+    assert table.title == "Kept widths"
+    assert table.header == ("block", "mlp_io", "mlp_hidden", "heads")
+    assert table.rows == (("a", "4", "0 of 8", "-"), ("b", "-", "-", "2"))
+    assert width_table(blocks[1:]).title == "Widths"
+
+
+def test_networks_of_timm_are_cut_refused_or_cut_in_part():
+    table = network_table(
+        (
+            Network(name="a", family="vit", transformer=True, axes=("mlp_hidden", "heads"), floor=0.12345),
+            Network(name="b", family="x", transformer=False, refused="no attention"),
+            Network(name="c", family="x", transformer=True, axes=("heads",), floor=1, whole={"A": "why", "B": "so"}),
+        )
+    )
+    assert table.rows == (
+        ("a", "mlp_hidden, heads", "0.123", "-"),
+        ("b", "refused", "-", "no attention"),
+        ("c", "heads", "1.000", "A: why; B: so"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, {"classes": "1000", "can be cut": "mlp_hidden"}),
+        ({"class_count": 0, "feature_count": 512}, {"features": "512"}),
+        ({"axes": ()}, {"can be cut": "nothing"}),
+        ({"floor": {"all axes": 0.05}}, {"floor of recipe all axes": "0.05"}),
+    ],
+)
+def test_the_facts_of_a_file(changes, rows):
+    (table,) = tables_of(INSPECTION.model_copy(update=changes))
+    found = {row[0]: row[1] for row in table.rows}
+    assert rows.items() <= found.items()
+    assert ("features" in found) != ("classes" in found)
+    assert found["resize"] == "bicubic, crop 1 (center)"
+    assert found["mean"] == "0.5, 0.5, 0.5"
+    assert found["input"] == "3 x 224 x 224"
+    assert found["preprocessing from"] == "the registered model"
+
+
+def test_a_sentence_is_said_once_and_those_of_a_run_come_first():
+    told = COMPARISON.model_copy(update={"notes": ("of the run", "no data: images were generated")})
+    assert notes_of(told) == ("of the run", "no data: images were generated")
+    stated = COMPARISON.model_copy(update={"after": report(stated=("macs",), notes=("new",))})
+    assert notes_of(stated) == ("no data: images were generated", "new", STATED)
+    assert notes_of([report(notes=())]) == ()
+    assert notes_of(INSPECTION.model_copy(update={"foreign_names": ()})) == ("the keys are timm's",)
+
+
+def test_figures_change_by_a_ratio_by_points_or_not_at_all():
+    def change(label, first, second):
+        table = summary((report(**first), report(**second)))
+        return next(row[-1] for row in table.rows if row[0] == label)
+
+    assert change("parameters", {"parameters": 0}, {"parameters": 5}) == "", "nothing has no multiple"
+    assert change("parameters", {"parameters": 4}, {"parameters": 5}) == "x 1.250"
+    assert change("MACs of one image", {"macs": None}, {}) == ""
+    assert change("share of the dense MACs", {}, {"macs": 1}) == ""
+    assert change(
+        "top-1", {"accuracy": Accuracy(images=1, top1=0.5)}, {"accuracy": Accuracy(images=1, top1=0.505)}
+    ) == ("+0.50 points")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "title"),
+    [
+        ({}, {"macs": None}, "vit_small_patch16_224: cut"),
+        ({"macs": None, "architecture": None}, {}, "vit.pth: cut"),
+        ({}, {"macs": 4_598_882_304}, "vit_small_patch16_224: cut to 1.000 of its MACs"),
+    ],
+)
+def test_a_run_is_called_after_its_network_and_its_share(first, second, title):
+    named = COMPARISON.model_copy(update={"before": report(**first), "after": report(**second)})
+    assert to_markdown(named).startswith(f"# {title}\n")
+
+
+def test_a_run_for_a_time_ends_with_what_was_asked_for():
+    timed = COMPARISON.model_copy(update={"settings": {"target_latency": "80ms"}})
+    assert ", 76.0 ms; the target was 80ms, with 0.700 of its MACs: 0.80 of" in speed_line(CUT_TIME, timed)
+    unknown = COMPARISON.model_copy(update={"after": report(macs=None)})
+    assert "MACs" not in speed_line(CUT_TIME.model_copy(update={"realised": None}), unknown)
+    assert "1 image in" in speed_line(CUT_TIME.model_copy(update={"batch": 1}), COMPARISON)
+
+
+def test_tables_that_say_nothing_are_left_out():
+    bare = COMPARISON.model_copy(update={"stages": (), "after": report()})
+    assert [table.title for table in tables_of(bare)] == ["Summary"]
+    assert [table.title for table in tables_of(COMPARISON)] == ["Summary", "Kept widths", "Stages"]
+    half = (report(timings=(DENSE_TIME,)), report())
+    assert [table.title for table in tables_of(half)] == ["Summary"], "of one alone there is nothing to compare"

@@ -1,7 +1,9 @@
 """What a run tells of itself and its machine."""
 
+import platform
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from kcrprune.config import RunConfig
 from kcrprune.plan import Preprocessing
-from kcrprune.run.machine import peak_memory_mib
+from kcrprune.run.machine import HEEDED, LIBRARIES, machine_record, peak_device_mib, peak_memory_mib, processor_name
 from kcrprune.run.memory import back_at_once
 from kcrprune.training import parts
 from kcrprune.training.images.sets import open_images
@@ -62,3 +64,37 @@ def test_images_that_take_much_of_the_memory_lie_in_files(tmp_path, monkeypatch)
     assert places == [tmp_path, tmp_path]
     for ours, theirs in zip(many.calibration, few.calibration, strict=True):
         assert torch.equal(ours, theirs)
+
+
+CPUINFO = "processor\t: 0\nmodel\t: 85\nmodel name\t: A Processor: fast \nmodel name\t: another\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "processor", "name"),
+    [(CPUINFO, "x", "A Processor: fast"), ("nothing", "arm", "arm"), (None, "", "aarch64"), (None, "arm", "arm")],
+)
+def test_a_processor_is_called_as_its_maker_does_else_as_the_system_does(monkeypatch, told, processor, name):
+    def read(*_: Any, **__: Any) -> str:
+        if told is None:
+            raise FileNotFoundError
+        return told
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(platform, "processor", lambda: processor)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert processor_name(torch.device("cpu")) == name
+
+
+def test_the_record_of_a_machine_holds_what_changes_figures_and_no_other_variable(monkeypatch):
+    for name in HEEDED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("SOMEBODYS_TOKEN", "secret")
+    found = machine_record(torch.device("cpu"))
+    assert found["environment"] == {"OMP_NUM_THREADS": "3"}
+    assert found["libraries"].keys() >= set(LIBRARIES)
+    assert torch.__version__.startswith(found["libraries"]["torch"])
+    assert found["threads"] == torch.get_num_threads()
+    assert found["flags"].keys() == {"deterministic", "tf32_matmul", "tf32_cudnn", "cudnn_benchmark"}
+    assert (found["device"], found["python"]) == ("cpu", platform.python_version())
+    assert peak_device_mib(torch.device("cpu")) is None

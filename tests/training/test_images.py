@@ -18,7 +18,7 @@ from kcrprune.training.images import named
 from kcrprune.training.images.batches import in_order
 from kcrprune.training.images.parts import sample, split
 from kcrprune.training.images.sets import open_evaluation, open_images
-from kcrprune.training.images.transforms import evaluation_transform
+from kcrprune.training.images.transforms import evaluation_transform, training_transform
 
 PREPROCESSING = Preprocessing(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -292,3 +292,73 @@ def test_preprocessing_of_a_timm_network_is_taken_as_timm_resolves_it():
     preprocessing = Preprocessing(**{name: resolved[name] for name in names})
     image = Image.fromarray(pixels(0, (300, 400)))
     assert torch.equal(evaluation_transform(preprocessing)(image), timms(**resolved)(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "padding"),
+    [
+        ({}, 2),  # of 16 pixels an eighth
+        ({"crop_pct": 0.9}, 1),  # a tenth lies around the crop, 0.9 pixels on each side
+        ({"crop_pct": 0.5}, 0),  # more than the shift
+        ({"input_size": (3, 8, 32)}, 1),  # of the shorter side
+        ({"input_size": (3, 32, 8), "crop_pct": 0.5}, 0),
+    ],
+)
+@pytest.mark.parametrize("hflip", [0.0, 0.25])
+def test_a_training_image_is_shifted_by_an_eighth_less_what_the_crop_cuts_off(changes, padding, hflip):
+    prepared = PREPROCESSING.model_copy(update=changes)
+    found: Any = training_transform(prepared, hflip)
+    resize, crop, flip, *rest = found.other.transforms
+    size = prepared.input_size[1:]
+    assert (crop.size, crop.padding, flip.p, crop.pad_if_needed, crop.padding_mode) == (
+        size,
+        padding,
+        hflip,
+        True,
+        "reflect",
+    )
+    plain: Any = evaluation_transform(prepared)
+    assert [type(step) for step in (resize, *rest)] == [
+        type(step) for step in plain.other.transforms if "Crop" not in str(step)
+    ]
+    same_crop, same_flip, *_ = found.same.transforms
+    assert (same_crop.padding, same_flip.p) == (round(min(size) / 8), hflip)
+
+
+@pytest.mark.parametrize(("size", "same"), [((16, 24), True), ((24, 16), False), ((16, 16), False)])
+def test_an_image_of_the_inputs_height_and_width_is_left_as_it_is(size, same):
+    prepared = PREPROCESSING.model_copy(update={"input_size": (3, *size)})
+    transform: Any = evaluation_transform(prepared)
+    chosen = []
+    for name in ("same", "other"):
+        object.__setattr__(transform, name, lambda image, name=name: chosen.append(name))
+    transform(Image.new("RGB", (24, 16)))
+    assert chosen == ["same" if same else "other"]
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.0, 0), (0.5, 10), (0.74, 15), (0.76, 15), (1.0, 20)])
+def test_parts_keep_the_order_and_are_drawn_alike_under_one_name(share, first):
+    dataset: Any = list(range(20))
+    mine, other = split(dataset, share, 0, "held out")
+    a, b = [list(part.indices) for part in (mine, other)]  # type: ignore[attr-defined]
+    assert (a, b) == (sorted(a), sorted(b))
+    assert (len(a), sorted(a + b)) == (first, list(range(20)))
+    again = [list(part.indices) for part in split([None] * 20, share, 0, "held out")]  # type: ignore[attr-defined,arg-type]
+    assert again == [a, b]
+    if 0 < share < 1:
+        assert list(split(dataset, share, 1, "held out")[0].indices) != a  # type: ignore[attr-defined]
+        assert list(split(dataset, share, 0, "gates")[0].indices) != a  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(8, 1), (100, None)])
+def test_generated_images_have_further_ones_to_measure_agreement_on(count, held_out):
+    from kcrprune.training.images.sets import GENERATED_HELD_OUT
+
+    images: Any = open_images(RunConfig(generated_images=count, workers=0), PREPROCESSING, 2)
+    further = held_out or round(count * GENERATED_HELD_OUT)
+    assert (len(images.train), len(images.calibrate), len(images.evaluate)) == (count, count, further)
+    assert (images.labelled, images.generated, images.class_names) == (False, True, None)
+    assert set(images.train.indices).isdisjoint(images.evaluate.indices)
+    four = {"input_size": (4, 16, 16), "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    with pytest.raises(DataError, match="images of 4 channels cannot be generated; name a dataset"):
+        open_images(RunConfig(generated_images=4, workers=0), PREPROCESSING.model_copy(update=four), 2)

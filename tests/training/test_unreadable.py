@@ -1,6 +1,7 @@
 """Images that cannot be read: those that decide are refused before anything is trained, others are replaced."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from kcrprune.training.images.batches import Batches
 from kcrprune.training.images.folders import open_folder
 from kcrprune.training.images.sets import Images, open_evaluation, open_images
 from kcrprune.training.images.source import Source
+from kcrprune.training.images.unreadable import ATTEMPTS, Replaced, Replacing, some
+from kcrprune.training.images.workers import told
 from kcrprune.training.parts import divide
 
 PREPROCESSING = Preprocessing(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -153,3 +156,77 @@ def test_a_reader_that_raises_what_it_likes_is_told_in_our_sentence(photos: Path
     with pytest.raises(ImageError, match=r"a/0\.png is not an image that can be read") as caught:
         source.read(0)
     assert caught.value.name.endswith("a/0.png")
+
+
+@pytest.mark.parametrize(("images", "most"), [(1, 1), (99, 1), (100, 1), (101, 2), (1000, 10), (1001, 11)])
+def test_one_image_in_a_hundred_may_be_replaced_and_one_in_any_case(images: int, most: int):
+    replaced = Replaced(images)
+    replaced.note_([f"{number}.png" for number in range(most)])
+    replaced.note_(["", "0.png", "0.png"])
+    assert len(replaced.names) == most, "a name counts once"
+    with pytest.raises(DataError, match=rf"^more than 1% of {images:,} images cannot be read: 0\.png"):
+        replaced.note_(["more.png"])
+
+
+def test_what_was_replaced_is_told_in_a_sentence_or_not_at_all():
+    assert Replaced(2000).told("recover") is None
+    assert Replaced(2000, ["a", "b"]).told("recover") == (
+        "recover: 2 of 2,000 images cannot be read and others took their place: a, b"
+    )
+    assert some(str(number) for number in range(5)) == "0, 1, 2, 3, 4"
+    assert some(str(number) for number in range(1234)) == "0, 1, 2, 3, 4, ... (1,234)"
+
+
+def test_which_image_takes_a_place_follows_from_the_seed_the_part_and_the_index():
+    bad = tuple(range(0, 20, 2))
+
+    def takers(seed: int = 0, what: str = "recover") -> list[int]:
+        return [Replacing(Damaged(*bad), seed, what)[index][1] for index in bad]
+
+    assert takers() == takers()
+    assert all(other % 2 for other in takers())
+    assert len({tuple(each) for each in (takers(), takers(1), takers(what="calibration"))}) == 3
+    assert len(set(takers())) > 1
+    image, label, name = Replacing(Damaged(4), 0, "x")[3]
+    assert (int(image), label, name) == (3, 3, "")
+    assert Replacing(Damaged(4), 0, "x")[4][2] == "4.png"
+    assert len(Replacing(Damaged(), 0, "x")) == 20
+
+
+def test_so_many_others_are_tried_and_the_first_complaint_is_told():
+    tried: list[int] = []
+
+    class NoneOfThem(Damaged):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            tried.append(index)
+            raise ImageError(f"{index} is no image", str(index))
+
+    with pytest.raises(ImageError, match=r"^7 is no image$"):
+        Replacing(NoneOfThem(), 0, "x")[7]
+    assert len(tried) == 1 + ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("DataLoader worker is killed by signal: Bus error. It is possible"),
+            "more shared memory than /dev/shm",
+        ),
+        (RuntimeError("unable to open shared memory object </torch_1_2>"), "docker run --shm-size 2g"),
+        (OSError(24, "Too many open files"), r"raise ulimit -n \(\[Errno 24\] Too many open files\)$"),
+        (RuntimeError("received 0 items of ancdata"), "more open files than are allowed"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed, as happens where memory"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "fewer --workers, --workers 0 or a smaller"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "no more processes that load images can be started"),
+        (OSError(12, "Cannot allocate memory"), "no more processes that load images can be started here"),
+        (MemoryError("of numpy"), "^memory ran out in a process that loads images; give fewer --workers"),
+    ],
+)
+def test_what_becomes_of_processes_that_load_is_told_with_the_way_out(error: BaseException, words: str):
+    found = told(error, 2)
+    assert found is not None
+    assert re.search(words, str(found))
+    assert "\n" not in str(found)
+    assert told(error, 0) is None, "there are none"
+    assert told(ZeroDivisionError("x"), 2) is None
