@@ -165,11 +165,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.compress(save(TINY[0], folder / "dense.safetensors"), SHORT, folder / "run", ignore).folder
 
 
-def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
-    """A plan that cuts each axis that each block allows, at random; some axes stay whole, and some branches go."""
-    draw, going = random.Random(seed), random.Random(~seed)
+def random_plan(model: nn.Module, name: str, seed: int, going: float = 0.25) -> ChannelPlan:
+    """A plan that cuts each axis that each block allows, at random; some axes stay whole.
+
+    Of the branches that may go a share `going` goes.
+    """
+    draw, branches = random.Random(seed), random.Random(f"branches {seed}")
     groups = groups_of(model)
-    gone = {site for site in dict.fromkeys(g.site for g in groups if g.constant) if going.random() < 0.25}
+    gone = {site for site in dict.fromkeys(g.site for g in groups if g.constant) if branches.random() < going}
     heads = {group.site: list(range(group.width)) for group in groups if group.axis == "heads" and group.whole}
     entries = []
     for group in groups:

@@ -173,7 +173,7 @@ def _is_whole(plan: ChannelPlan, group: Group) -> bool:
 
 def _part(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     for dim, index in dims.items():
-        tensor = tensor.index_select(dim, torch.tensor(index))
+        tensor = tensor.index_select(dim, torch.tensor(index, dtype=torch.long))
     return tensor
 
 

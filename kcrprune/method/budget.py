@@ -106,11 +106,13 @@ def require_reachable(allowed: Allowed, target: float, asked: str = "") -> None:
     reach = replace(allowed, open=frozenset(everything)).floor() / allowed.cost.dense
     there = {axis for _, axis in everything}
     missing = [axis for axis in AXES if axis in there - opened]
-    way_out = (
-        f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
-        if missing and reach <= target
-        else f"no choice of axes goes below {_round_up(min(reach, floor))} here"
-    )
+    least = replace(allowed, min_width=0).floor() / allowed.cost.dense
+    if missing and reach <= target:
+        way_out = f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
+    elif least <= target:
+        way_out = f"min_width 0, with which whole branches may go, reaches {_round_up(least)}"
+    else:
+        way_out = f"no choice of axes goes below {_round_up(min(reach, floor))} here"
     names = ", ".join(axis for axis in AXES if axis in opened) or "none"
     raise BudgetError(
         f"target {asked or f'{target:g}'} of the dense {allowed.cost.unit} is out of reach: the open axes ({names}) "

@@ -1,6 +1,6 @@
 """What is left of a branch that goes as a whole: a constant, which it adds to its stream."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ class Constant(nn.Module):
         self.add_module(name, linear)
         self.name = name
 
+    @classmethod
+    def of(cls, model: nn.Module, group: Group) -> Self:
+        """What the branch of a group leaves; it shares the linear."""
+        assert group.constant is not None
+        return cls(group.constant.removeprefix(f"{group.site}."), linear_at(model, group.constant))
+
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """The constant in the shape of x, (..., C), or (B, C, H, W) where the linear is a convolution; a view."""
         linear = linear_at(self, self.name)
@@ -36,8 +42,6 @@ def leave_constant_(model: nn.Module, group: Group) -> None:
 
     The norm that only the branch reads goes with it.
     """
-    assert group.constant is not None
-    linear = linear_at(model, group.constant)
-    swap_(model, group.site, Constant(group.constant.removeprefix(f"{group.site}."), linear))
+    swap_(model, group.site, Constant.of(model, group))
     if group.stream not in (None, group.site):
         swap_(model, str(group.stream), nn.Identity())

@@ -176,6 +176,8 @@ def test_a_branch_goes_where_its_values_are_worth_nothing(dear, gone):
     again = replace(allowed, min_width=0.05)
     assert not solve(again, scores, 0.6, "x").gone
     assert allowed.floor() < again.floor()
+    with pytest.raises(BudgetError, match=r"min_width 0, with which whole branches may go, reaches 0\.0"):
+        require_reachable(again, 0.01)
 
 
 @MANY
