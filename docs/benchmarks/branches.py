@@ -2,9 +2,9 @@
 
     python docs/benchmarks/branches.py deit swin --cache CACHE --out RESULTS --targets 0.35 0.25 0.2
 
-Each network beside this script is compressed without training to a share of its MACs, with the smallest width as it is
-by default and without one; both are timed against the dense network by one thread's own time. Prints Markdown rows;
-images are CIFAR-10, by checksum.
+Each network beside this script is compressed without training to a share of its MACs or of its time, with the smallest
+width as it is by default and without one; both are timed against the dense network by one thread's own time. Prints
+Markdown rows; images are CIFAR-10, by checksum.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.measure import timing
 from kcrprune.run import pricing, timed
 
-WIDTHS = (0.05, 0.0)
 TEST_IMAGES = 2000
 
 
@@ -35,6 +34,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.35, 0.25, 0.2])
+    parser.add_argument("--widths", type=float, nargs="+", default=[0.05, 0.0], help="smallest ones, of an axis")
     parser.add_argument("--time", action="store_true", help="targets are shares of the time")
     parser.add_argument("--batch", type=int, default=8, help="images at once that are timed")
     parser.add_argument("--seconds", type=float, default=8.0, help="of the thread, for each comparison")
@@ -44,7 +44,7 @@ def main() -> None:
     data = first_images(fetch.cifar10(arguments.cache), arguments.out / "images", TEST_IMAGES)
     for network in arguments.networks:
         for target in arguments.targets:
-            for width in WIDTHS:
+            for width in arguments.widths:
                 sys.stdout.write(compressed(network, target, width, data, arguments) + "\n")
                 sys.stdout.flush()
 
