@@ -160,9 +160,11 @@ class _Pair:
 
     def from_images(self, fit: Fit, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """What a fit takes of both, batch by batch, each in a pass of its own."""
-        reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
+        reads_all, (own, fitted) = self.reads_all(fit.name), self.fitted(fit)
         for images in _moved(batches, self.device):
-            x, z = read_by(self.dense, fit.name, images), read_by(self.cut, fit.name, images)
+            x = read_by(self.dense, fit.name, images)
+            constant = fitted.weight.shape[1] == 0  # of a branch that went, whose linear nobody calls
+            z = x[..., :0] if constant else read_by(self.cut, fit.name, images)
             yield x if reads_all else own(x), z
 
     def fitted(self, fit: Fit) -> tuple[Fitted, Fitted]:
@@ -324,7 +326,7 @@ def _refit_block_(
             read = (read_by(pair.cut, fit.name, stream) for stream in cut_in)
             pair.refit_reader_(fit, zip(_moved(targets.pop(fit.name), pair.device), read, strict=True))
         else:
-            to_stream_ = pair.refit_to_stream_ if pair.fitted(fit)[1].weight.numel() else pair.refit_constant_
+            to_stream_ = pair.refit_to_stream_ if pair.fitted(fit)[1].weight.shape[1] else pair.refit_constant_
             to_stream_(fit, targets.pop(fit.name, dense_streams), cut_in)
         if fit.behind is not None:  # nothing of this branch is left to fit
             cut_in.replay_(fit.site)
