@@ -28,7 +28,8 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"containers"},
     {"surgery"},
     {"method"},
-    {"families", "measure"},
+    {"measure"},
+    {"families"},
     {"config"},
     {"spelling"},
     {"plan"},
@@ -38,7 +39,7 @@ LAYERS = (  # from high to low; a unit imports itself or a lower layer
     {"errors", "printable", "version"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-HEAVY = {"torch", "torchvision", "timm", "fvcore", "onnx", "onnxruntime", "accelerate", "numpy", "safetensors"}
+HEAVY = {"torch", "torchvision", "timm", "onnx", "onnxruntime", "accelerate", "numpy", "safetensors"}
 POSIX = {"fcntl", "grp", "pwd", "resource", "termios"}
 LONGEST_FILE = 350  # lines
 LONGEST_FUNCTION = 60  # lines: what fits on a screen

@@ -50,7 +50,7 @@ from kcrprune.surgery.refit import refit_
 from kcrprune.training.innovations import innovations_of
 from kcrprune.training.scores import fisher_scores
 from kcrprune.training.step import train_
-from tests.conftest import random_plan, relative_error, torch_macs
+from tests.tiny import random_plan, relative_error, torch_macs
 
 SIDE = 64
 DEFAULT = RunConfig.model_fields["axes"].default

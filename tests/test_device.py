@@ -48,9 +48,9 @@ from kcrprune.training.reconstruct import Reconstruction
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores
 from kcrprune.training.search import search_
 from kcrprune.training.step import READ_EVERY
-from tests.conftest import TINY, Tiny, dense_macs, open_groups, random_plan, relative_error
 from tests.pipeline.test_compress import SHORT, save
 from tests.pretended import DEVICE, Counts, DeviceError, pretending
+from tests.tiny import TINY, Tiny, dense_macs, open_groups, random_plan, relative_error
 
 STEPS, READS, RENEWS = 6, 3, 2  # of a training; figures are read every 3 steps, the basis is renewed every 2
 CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_every=RENEWS)

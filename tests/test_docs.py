@@ -28,7 +28,7 @@ from kcrprune.pipeline.demo import ARCHITECTURE, PREPROCESSING
 from kcrprune.surgery.certificate import certificate
 from kcrprune.surgery.gated import harden_
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import gated, random_plan, relative_error
+from tests.tiny import gated, random_plan, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -14,8 +14,8 @@ from kcrprune.run.given import given_groups, part_macs
 from kcrprune.surgery.certificate import certificate, unproven
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import dense_macs, random_plan
 from tests.foreign_networks import FOREIGN, OWN_RULES, OwnAttention, OwnMlp, foreign, images
+from tests.tiny import dense_macs, random_plan
 
 FEED = Feed(images(), 4)
 

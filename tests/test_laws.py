@@ -22,7 +22,7 @@ from kcrprune.surgery.gated import harden_, plan_mask, remove_gates_
 from kcrprune.surgery.narrow import cut_, expand_, full_plan, index_map
 from kcrprune.surgery.normal_equations import NormalEquations
 from kcrprune.surgery.refit import refit_
-from tests.conftest import TINY, Tiny, cost_of, gated, random_plan, relative_error, torch_macs
+from tests.tiny import TINY, Tiny, cost_of, gated, random_plan, relative_error, torch_macs
 
 SEEDS = st.integers(0, 2**16)
 MANY = settings(

@@ -22,7 +22,7 @@ from kcrprune.surgery.gated import harden_
 from kcrprune.surgery.narrow import cut_, full_plan
 from kcrprune.surgery.partial import walk
 from kcrprune.surgery.refit import refit_
-from tests.conftest import gated, random_plan, relative_error, shaken_
+from tests.tiny import gated, random_plan, relative_error, shaken_
 
 SIZES = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 UNSIZED = {name: size for name, size in SIZES.items() if name != "img_size"}

@@ -10,7 +10,7 @@ import torch
 from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import TINY, Tiny, random_plan
+from tests.tiny import TINY, Tiny, random_plan
 
 READ = """
 import sys, pathlib, torch, kcrprune

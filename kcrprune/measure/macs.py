@@ -1,60 +1,35 @@
 """MACs and parameters, as integers.
 
-fvcore counts; the operators that it does not know are supplied here, and one that multiplies matrices and is still
-not known is an error, never a warning. Norms and element-wise work are not counted (as in papers' "FLOPs").
+Counted operator by operator in a forward pass, as it runs; an operator that multiplies matrices and is not known is an
+error, never a warning. Norms and element-wise work are not counted (as in papers' "FLOPs").
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any, Final
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kcrprune.errors import UnsupportedModelError
+from kcrprune.families import kept_widths
 
-ATTENTION = "aten::scaled_dot_product_attention"
-# What fvcore counts though papers do not: one operation an element, no multiply-accumulate of a matrix.
-ELEMENTWISE = ("aten::layer_norm", "aten::batch_norm", "aten::group_norm", "aten::adaptive_avg_pool2d")
-_UNCOUNTED: Final = "cannot count the MACs of {}; no honest figure exists"
-MATRIX_WORDS = ("mm", "mv", "matmul", "linear", "conv", "attention", "einsum", "dot", "addr", "bilinear")
-
-
-def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """MACs of one fused attention: (B * heads * N_query) * N_key * (d_query + d_value)."""
-    query, key, value = (tuple(inputs[i].type().sizes()) for i in range(3))
-    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def no_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Element-wise work multiplies no matrices."""
-    return 0
+MATRIX_WORDS = ("mm", "mv", "matmul", "linear", "conv", "attention", "einsum", "dot", "addr", "lstm", "gru", "rnn")
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image of `input_size` (channels, height, width), an exact integer.
 
-    Traces one forward pass on the model's own device. UnsupportedModelError names an operator that multiplies
+    Makes one forward pass on the model's own device. UnsupportedModelError names an operator that multiplies
     matrices and cannot be counted.
     """
     weight = next(model.parameters())
     image = torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype)
-    with _eval_mode(model), _quiet_tracer(), torch.no_grad():
-        analysis = FlopCountAnalysis(model, image)
-        analysis.set_op_handle(ATTENTION, attention_macs)
-        for name in ELEMENTWISE:
-            analysis.set_op_handle(name, no_macs)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        total = analysis.total()
-        unknown = [name for name in analysis.unsupported_ops() if _multiplies(name)]
-    if unknown:
-        raise UnsupportedModelError(_UNCOUNTED.format(", ".join(unknown)))
-    return round(total)
+    with _eval_mode(model), torch.no_grad(), counting(model) as counter:
+        model(image)
+    return require_counted(counter)
 
 
 @contextmanager
@@ -65,7 +40,7 @@ def counting(part: nn.Module) -> Iterator["MacCounter"]:
     behind = part.register_forward_hook(lambda module, inputs, output: counter.leave(), always_call=True)
     torch.backends.mha.set_fastpath_enabled(False)  # one operator, which tells nothing of what it multiplies
     try:
-        with counter:
+        with kept_widths(), counter:
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -125,7 +100,8 @@ PRODUCTS: Final[dict[str, Callable[[Any, Any], int]]] = {  # aten's, of (argumen
 def require_counted(counter: MacCounter) -> int:
     """What was counted; UnsupportedModelError names an operator that multiplies matrices and cannot be counted."""
     if counter.unknown:
-        raise UnsupportedModelError(_UNCOUNTED.format(", ".join(sorted(counter.unknown))))
+        unknown = ", ".join(sorted(counter.unknown))
+        raise UnsupportedModelError(f"cannot count the MACs of {unknown}; no honest figure exists")
     return counter.total
 
 
@@ -134,11 +110,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _multiplies(operator: str) -> bool:
-    name = operator.removeprefix("aten::")
-    return (
-        name not in {"mul", "mul_"} and not name.startswith("upsample") and any(word in name for word in MATRIX_WORDS)
-    )
+def _multiplies(name: str) -> bool:
+    return name not in {"mul", "mul_"} and any(word in name for word in MATRIX_WORDS)
 
 
 @contextmanager
@@ -149,17 +122,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _quiet_tracer() -> Iterator[None]:
-    """The tracer warns of each constant that it meets; what matters to us raises instead."""
-    logger = logging.getLogger("fvcore.nn.jit_analysis")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kcrprune.artifact.artifact import content_hash
 from kcrprune.config import RunConfig
 from kcrprune.errors import ConfigError, DataError, UnsupportedModelError
-from kcrprune.families import BLOCKS, RULES, Feed, Given, Group, contract_of, find_groups, kept_widths
+from kcrprune.families import BLOCKS, RULES, Feed, Given, Group, contract_of, find_groups
 from kcrprune.families.contract import Rules, class_name, of_class
 from kcrprune.families.given import Use, shown
 from kcrprune.measure.macs import counting, require_counted
@@ -206,7 +206,7 @@ def _tapped(given: Given, feed: Feed) -> tuple[str, tuple[int, ...]]:
 @torch.no_grad()
 def part_macs(model: Given, feed: Feed) -> int:
     """MACs of the part on a batch, in a pass of the whole network; ConfigError where it is not called."""
-    with kept_widths(), counting(model.get_submodule(model.use.part)) as counter:
+    with counting(model.get_submodule(model.use.part)) as counter:
         model.called(feed)
     if counter.calls == 0:
         raise ConfigError(f"the part {model.use.part!r} is never called when the network runs; name a module around it")

@@ -12,7 +12,7 @@ import torch
 from kcrprune.graphs import runtime
 from kcrprune.version import __version__
 
-LIBRARIES: Final = ("torch", "timm", "torchvision", "safetensors", "fvcore", "onnx", "accelerate", "numpy")
+LIBRARIES: Final = ("torch", "timm", "torchvision", "safetensors", "onnx", "accelerate", "numpy")
 HEEDED: Final = (  # variables that change how fast or how exactly is computed, or where
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"),
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "TIMM_FUSED_ATTN"),

@@ -13,7 +13,7 @@ from kcrprune.artifact.artifact import KEY, open_model, save_model
 from kcrprune.errors import CheckpointError, ConfigError, KcrPruneError, OutputExistsError
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import Tiny, random_plan
+from tests.tiny import Tiny, random_plan
 
 PREPROCESSING = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.875)
 

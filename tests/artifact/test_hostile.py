@@ -14,7 +14,7 @@ from kcrprune.plan import Preprocessing
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     """An artifact of a tiny ViT with five classes, and its metadata."""
-    from tests.conftest import TINY
+    from tests.tiny import TINY
 
     path, tiny = tmp_path_factory.mktemp("artifact") / "m.safetensors", TINY[0]
     preprocessing = Preprocessing(input_size=tiny.input_size, mean=(0.5,) * 3, std=(0.5,) * 3)

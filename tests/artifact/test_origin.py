@@ -11,7 +11,7 @@ from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.errors import ConfigError, DivergedError, OutputExistsError
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import Tiny, random_plan
+from tests.tiny import Tiny, random_plan
 
 RECORD = {"dense_macs": 1_000_000, "dense_digest": "d", "accuracy": {"images": 5, "top1": 1.0}, "kernel": None}
 

@@ -18,7 +18,7 @@ from kcrprune.plan import AXES
 from kcrprune.surgery.narrow import cut_
 from tests.checkpoints import ways
 from tests.checkpoints.foreign import FOREIGN, TWO, Foreign
-from tests.conftest import random_plan
+from tests.tiny import random_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the foreign libraries' own, when they build and save
 

@@ -16,7 +16,7 @@ from kcrprune.artifact.portable import save_for_timm, save_program, timm_argumen
 from kcrprune.errors import ExportError, OutputExistsError
 from kcrprune.plan import ChannelPlan, Kept, Preprocessing
 from kcrprune.surgery.narrow import cut_, full_plan
-from tests.conftest import TINY, Tiny, random_plan
+from tests.tiny import TINY, Tiny, random_plan
 
 PREPROCESSING = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.875)
 BY_LABEL = {tiny.label: tiny for tiny in TINY}

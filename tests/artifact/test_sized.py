@@ -10,7 +10,7 @@ from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.errors import ConfigError
 from kcrprune.plan import ChannelPlan, Preprocessing
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import TINY, Tiny, random_plan, relative_error
+from tests.tiny import TINY, Tiny, random_plan, relative_error
 
 SIZES = {28: (42, (28, 42)), 32: (64, (32, 48)), 56: (112, (56, 112))}  # by a tiny network's own
 

@@ -89,7 +89,7 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def published(tmp_path_factory):
     """The files of a repository of timm: a tiny ViT, what is said of it, and what nobody should fetch."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **SIZE)
@@ -113,8 +113,8 @@ def resolved(hub):
 @pytest.mark.parametrize(
     "name", [REPOSITORY, "timm/vit_tiny_patch16_224", f"hf-hub:{REPOSITORY}", f"{REPOSITORY}@main"]
 )
-def test_a_name_opens_as_its_files_do_and_no_code_is_fetched(hub, tiny, name):
-    model, files = tiny
+def test_a_name_opens_as_its_files_do_and_no_code_is_fetched(hub, published, name):
+    model, files = published
     hub.files[REPOSITORY, COMMIT] = files
     opened = open_model(Path(name))
     assert opened.fetched
@@ -126,8 +126,8 @@ def test_a_name_opens_as_its_files_do_and_no_code_is_fetched(hub, tiny, name):
     torch.testing.assert_close(opened.model(images), model.eval()(images))
 
 
-def test_what_the_cache_has_is_not_fetched_again_and_serves_where_the_hub_does_not(hub, tiny):
-    hub.files[REPOSITORY, COMMIT] = tiny[1]
+def test_what_the_cache_has_is_not_fetched_again_and_serves_where_the_hub_does_not(hub, published):
+    hub.files[REPOSITORY, COMMIT] = published[1]
     first = fetched(Path(REPOSITORY))
     hub.asked.clear()
     assert fetched(Path(REPOSITORY)) == first
@@ -145,9 +145,9 @@ def test_what_the_cache_has_is_not_fetched_again_and_serves_where_the_hub_does_n
     assert not hub.asked, "a commit stays what it is"
 
 
-def test_a_revision_is_its_own(hub, tiny):
+def test_a_revision_is_its_own(hub, published):
     hub.files[REPOSITORY, COMMIT] = {}
-    hub.files[REPOSITORY, OLDER] = tiny[1]
+    hub.files[REPOSITORY, OLDER] = published[1]
     found = fetched(Path(f"hf-hub:{REPOSITORY}@v1"))
     assert found
     assert found.source == f"{REPOSITORY}@{OLDER}"
@@ -182,7 +182,7 @@ def test_several_checkpoints_are_named(hub):
         fetched(Path("hf-hub:some/one"))
 
 
-def test_a_file_or_folder_of_that_name_wins(hub, tiny):
+def test_a_file_or_folder_of_that_name_wins(hub, published):
     shutil.copytree(Path(__file__).parent, Path(REPOSITORY))
     assert fetched(Path(REPOSITORY)) is None
     assert fetched(Path("timm/model.pth")) is None
@@ -211,8 +211,8 @@ def test_without_a_connection_there_is_a_sentence_with_the_way_out(hub, monkeypa
     assert not list(Path().iterdir())
 
 
-def test_a_run_of_a_name_is_called_after_it_and_says_which_revision_it_was(hub, tiny, capsys):
-    hub.files[REPOSITORY, COMMIT] = tiny[1]
+def test_a_run_of_a_name_is_called_after_it_and_says_which_revision_it_was(hub, published, capsys):
+    hub.files[REPOSITORY, COMMIT] = published[1]
     words = ["--generated-images", "8", "--calibration-images", "4", "--score-images", "4", "--batch-size", "4"]
     again = ["compress", REPOSITORY, "--recipe", "no-train", "--workers", "0", "--device", "cpu", *words]
     assert run(again) == 0

@@ -14,7 +14,7 @@ from kcrprune.checkpoints.outputs import projections
 from kcrprune.errors import ConfigError
 from kcrprune.plan import Preprocessing
 from tests.checkpoints.foreign import FOREIGN
-from tests.conftest import Tiny
+from tests.tiny import Tiny
 
 CLIP: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
 

@@ -38,8 +38,8 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import KcrPruneError
 from kcrprune.plan import Preprocessing
 from kcrprune.run.folder import ASKED, STORE
-from tests.conftest import TINY
 from tests.graphs.graphs import classifier
+from tests.tiny import TINY
 
 SECONDS = 1.5  # of processor time; after that a case is stopped
 STOPPED = 143  # by SIGTERM

@@ -20,7 +20,7 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import block_widths
 from kcrprune.plan import Preprocessing, canonical_json
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import TINY, random_plan
+from tests.tiny import TINY, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
 EXPORTED = ("dinov2_reg4 dense", "deit_distilled pruned", "swin_padded pruned")

@@ -7,8 +7,8 @@ from kcrprune.measure.report import BlockWidths, block_widths
 from kcrprune.method.cost import plan_widths
 from kcrprune.plan import AXES
 from kcrprune.surgery.narrow import full_plan
-from tests.conftest import random_plan
 from tests.measure.examples import AFTER, COMPARISON, INSPECTION, report
+from tests.tiny import random_plan
 
 
 @pytest.mark.parametrize("data", [report(), AFTER, COMPARISON, INSPECTION], ids=lambda data: type(data).__name__)

@@ -19,7 +19,7 @@ from kcrprune.families.contract import Contract
 from kcrprune.method.budget import WINDOW, Allowed, Scores, require_reachable, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, kept_count, plan_widths
 from kcrprune.plan import AXES, PER_HEAD, Axis, ChannelPlan
-from tests.conftest import TINY, Tiny, cost_of
+from tests.tiny import TINY, Tiny, cost_of
 
 SMOOTH: tuple[Axis, ...] = ("mlp_hidden", "attn_query", "attn_value")
 WEIGHTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "weights"

@@ -7,7 +7,7 @@ import torch
 
 from kcrprune.families import Group
 from kcrprune.method.gates import Gates, temperature_at
-from tests.conftest import Tiny, gated
+from tests.tiny import Tiny, gated
 
 
 def gate_with(logits: list[float]) -> Gates:

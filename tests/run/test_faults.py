@@ -8,8 +8,8 @@ from kcrprune import pipeline
 from kcrprune.artifact.artifact import open_model
 from kcrprune.events import Note
 from kcrprune.run import saving
-from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
+from tests.tiny import TINY, Tiny, relative_error
 
 STAGES = {
     *("measure dense", "balance", "order", "score", "search"),

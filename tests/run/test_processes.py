@@ -23,8 +23,8 @@ from kcrprune.events import Note, StageStarted, ignore
 from kcrprune.run.folder import RECORD, STORE
 from kcrprune.run.store import TENSORS
 from kcrprune.training.precision import open_accelerator
-from tests.conftest import TINY, Tiny, relative_error
 from tests.pipeline.test_compress import SHORT, save
+from tests.tiny import TINY, Tiny, relative_error
 
 # more tokens than inputs and a firm ridge, since what is nearly singular makes much of rounding errors, and a low rate,
 # since Adam makes a whole step of a gradient near zero, whose sign they decide

@@ -24,8 +24,8 @@ from kcrprune.run.context import Context, Record
 from kcrprune.run.network import opened_groups
 from kcrprune.run.pricing import Place, Times, times_of
 from kcrprune.run.spending import Budget, planned
-from tests.conftest import TINY, Tiny, cost_of
 from tests.pipeline.test_compress import SHORT, save
+from tests.tiny import TINY, Tiny, cost_of
 
 HERE = Place("a machine", 1, 2, None)
 PLAIN = {"axes": ("mlp_hidden", "attn_query", "attn_value"), "round_to": 4, "search_steps": 0, "recover_steps": 0}

@@ -13,7 +13,7 @@ from kcrprune.method.cost import dense_widths
 from kcrprune.plan import PER_HEAD, ChannelPlan
 from kcrprune.surgery.branches import branches_of
 from kcrprune.surgery.narrow import cut_
-from tests.conftest import TINY, Tiny
+from tests.tiny import TINY, Tiny
 
 
 @pytest.mark.parametrize("tiny", [TINY[i] for i in (1, 6, 7, 10, 11)], ids=lambda tiny: tiny.label)

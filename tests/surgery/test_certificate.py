@@ -11,7 +11,7 @@ from kcrprune.families import Group, Key, groups_of
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.certificate import certificate, require_certificate
-from tests.conftest import TINY, Tiny, random_plan
+from tests.tiny import TINY, Tiny, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
 

@@ -13,7 +13,7 @@ from kcrprune.surgery.kept import Keep, in_files, on
 from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.partial import input_of
 from kcrprune.surgery.refit import memory_of_refit, refit_
-from tests.conftest import Tiny, random_plan
+from tests.tiny import Tiny, random_plan
 
 CPU = torch.device("cpu")
 

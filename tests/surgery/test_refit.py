@@ -8,7 +8,7 @@ from kcrprune.families import contract_of
 from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.reconstruct import Reconstruction
-from tests.conftest import Tiny, random_plan
+from tests.tiny import Tiny, random_plan
 
 
 def test_a_refit_goes_on_behind_any_block(tiny: Tiny):

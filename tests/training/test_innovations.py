@@ -15,7 +15,7 @@ from kcrprune.surgery.gated import remove_gates_
 from kcrprune.surgery.partial import read_by, real_tokens
 from kcrprune.surgery.swap import linear_at, swap_
 from kcrprune.training.innovations import LinearMoments, innovations_of, refitted_readers
-from tests.conftest import TINY, Tiny, gated, open_groups, relative_error
+from tests.tiny import TINY, Tiny, gated, open_groups, relative_error
 
 AXES: tuple[Axis, ...] = ("mlp_hidden", "attn_query", "attn_value")
 

@@ -13,8 +13,8 @@ from kcrprune.families import contract_of
 from kcrprune.surgery.narrow import cut_
 from kcrprune.surgery.refit import refit_
 from kcrprune.training.reconstruct import Reconstruction
-from tests.conftest import TINY, Tiny, random_plan
 from tests.test_laws import FEW, SEEDS, each_tiny
+from tests.tiny import TINY, Tiny, random_plan
 
 
 class Watched:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kcrprune.families import Group, groups_of
 from kcrprune.training.scores import equal_scores, fisher_scores, magnitude_scores, random_scores
 from kcrprune.training.search import start_logits_
-from tests.conftest import Tiny, cost_of, gated
+from tests.tiny import Tiny, cost_of, gated
 
 
 def scored(tiny: Tiny, images: torch.Tensor):

@@ -28,7 +28,7 @@ from kcrprune.training.randomness import generator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import fisher_scores
 from kcrprune.training.search import learned_scores, search_, start_logits_
-from tests.conftest import Tiny, cost_of, gated
+from tests.tiny import Tiny, cost_of, gated
 
 CONFIG = RunConfig(target_flops=0.8, axes=("mlp_hidden", "attn_value"), device="cpu", kernel_weight=0.5, kernel_every=2)
 

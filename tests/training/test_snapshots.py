@@ -21,7 +21,7 @@ from kcrprune.training.precision import open_accelerator
 from kcrprune.training.recover import recover_
 from kcrprune.training.scores import equal_scores
 from kcrprune.training.search import search_
-from tests.conftest import TINY, Tiny, cost_of, gated
+from tests.tiny import TINY, Tiny, cost_of, gated
 
 STEPS = 5
 CONFIG = RunConfig(target_flops=0.9, search_weight_lr=1e-3, lr=1e-3, kernel_every=2, warmup_steps=2)
