@@ -36,6 +36,7 @@ class Allowed(Generic[C]):
     open: frozenset[Key]
     round_to: int | Mapping[Axis, int] = ROUND_TO
     min_width: float = 0.05  # smallest share of an axis that a block keeps; 0: whole branches may go
+    went: frozenset[str] = frozenset()  # branches that an earlier run has taken
 
     @property
     def opened(self) -> tuple[Group, ...]:
@@ -63,8 +64,9 @@ class Allowed(Generic[C]):
         """Of each branch that may go the open group without which nothing of it is read."""
         closing = (g for g in self.opened if g.constant and not g.wide and (g.readers or g.axis == "heads"))
         found: dict[str, Group] = {}
-        for group in closing if self.min_width == 0 else ():
-            found.setdefault(group.site, group)
+        for group in closing:
+            if self.min_width == 0 or group.site in self.went:
+                found.setdefault(group.site, group)
         return found
 
     def gone(self, site: str) -> Widths:

@@ -130,7 +130,10 @@ def removable(allowed: Allowed[MacCost]) -> Allowed[MacCost]:
     """The same where branches may go."""
     groups = tuple(
         replace(
-            group, constant="proj", readers=(Slot("proj", 1),) if group.axis in ("attn_value", "mlp_hidden") else ()
+            group,
+            constant="proj",
+            wide=group.axis == "mlp_io",
+            readers=(Slot("proj", 1),) if group.axis in ("attn_value", "mlp_hidden") else (),
         )
         for group in allowed.groups
     )
@@ -178,6 +181,14 @@ def test_a_branch_goes_where_its_values_are_worth_nothing(dear, gone):
     assert allowed.floor() < again.floor()
     with pytest.raises(BudgetError, match=r"min_width 0, with which whole branches may go, reaches 0\.0"):
         require_reachable(again, 0.01)
+
+
+def test_a_branch_that_went_stays_gone_where_others_may_not_go():
+    allowed = replace(removable(allowed_for(SMALL, 2, SMOOTH)), min_width=0.05, went=frozenset({"blocks.1.mlp"}))
+    scores = {
+        key: score * (key[0] not in allowed.went) for key, score in random_scores(allowed.groups, 0).items()
+    }  # zero where it was
+    assert solve(allowed, scores, 0.5, "x").gone == {"blocks.1.mlp"}
 
 
 @MANY
