@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, mo
 
 from kcrprune.errors import ConfigError
 from kcrprune.plan import AXES, ROUND_TO, Axis, CropShare, Frozen, ImageSize, Interpolation, Level, Outputs, Spread
-from kcrprune.spelling import Latency, NonNegativeInt, PositiveInt, RoundTo, Share, as_share
+from kcrprune.spelling import Latency, NonNegativeInt, PositiveInt, RoundTo, Share, ShareOrNone, as_share
 
 RECIPES: Final = ("default", "thorough", "paper", "no-train")  # kcrprune/recipes/NAME.toml
 
@@ -62,7 +62,9 @@ class RunConfig(Frozen):
         default=ROUND_TO,
         description="Kept widths are multiples of this; or axis by axis, as mlp_hidden=64,attn_value=16, else of 8.",
     )
-    min_width: Share = Field(default=0.05, description="Smallest share of an axis that a block keeps.")
+    min_width: ShareOrNone = Field(
+        default=0.05, description="Smallest share of an axis that a block keeps; 0: whole branches may go, too."
+    )
     include: tuple[str, ...] = Field(
         default=(), description="Only blocks whose name matches one of these patterns are cut."
     )

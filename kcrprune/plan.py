@@ -97,7 +97,8 @@ class Preprocessing(Frozen):
 class Kept(Frozen):
     """The channels of one group that survive: of each kept head as many, out of `heads` heads of `width` channels.
 
-    The axis `heads` has no entry of its own: which heads of an attention stay, `kept_heads` of its groups say.
+    The axis `heads` has no entry of its own: which heads of an attention stay, `kept_heads` of its groups say; none
+    where it goes as a whole. An MLP goes where its hidden units do.
     """
 
     site: str  # the branch module
@@ -195,6 +196,11 @@ class ChannelPlan(Frozen):
     def is_all(self) -> bool:
         """True when nothing is cut."""
         return all(kept.is_all for kept in self.groups)
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """The branches that go as a whole: sites of which a group keeps nothing."""
+        return frozenset(kept.site for kept in self.groups if kept.kept_width == 0)
 
     def moved_from(self, other: Self) -> int:
         """How many channels it keeps that another plan for the same network does not."""

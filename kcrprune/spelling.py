@@ -24,6 +24,7 @@ def as_share(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(as_share), Field(gt=0, le=1)]
+ShareOrNone = Annotated[float, BeforeValidator(as_share), Field(ge=0, le=1)]
 
 
 def _as_latency(value: Any) -> Any:

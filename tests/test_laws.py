@@ -211,7 +211,7 @@ def fitted_linears(model: nn.Module, plan: ChannelPlan) -> Iterator[tuple[str, s
         if isinstance(module, nn.Linear) and ".downsample." in name:
             yield name, name, every
     for group in groups_of(model):
-        for slot in () if group.wide else group.writers:
+        for slot in () if group.wide or group.site in plan.gone else group.writers:
             if isinstance(owner_of(model, slot.owner), nn.Linear):
                 yield slot.owner, slot.owner, index.get(f"{slot.owner}.weight", {}).get(0, every)
         for slot in () if group.wide else group.readers:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers.attention import Attention
-from timm.models import crossvit, davit, edgenext, hieradet_sam2, nest, volo
+from timm.models import crossvit, davit, edgenext, gcvit, hieradet_sam2, nest, volo
 from timm.models.gcvit import WindowAttentionGlobal
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -211,6 +211,29 @@ def test_a_block_that_no_stream_leads_through_is_refitted_as_well(label: str):
     before = relative_error(pruned(more), model(more))
     refit_(pruned, model, groups, plan, [more[:24], more[24:]])
     assert relative_error(pruned(more), model(more)) < before / 2
+
+
+@torch.no_grad()
+def test_what_is_left_of_branches_that_no_stream_leads_through_is_refitted_as_well():
+    sizes: Any = {
+        "window_size": (4, 2),
+        "window_ratio": (8, 16),
+        "embed_dim": 16,
+        "depths": (1, 1),
+        "num_heads": (2, 4),
+    }
+    model = shaken_(gcvit.GlobalContextVit(img_size=(32, 32), num_classes=5, **sizes)).eval()
+    more = torch.randn(48, 3, 32, 32)
+    groups, plan = contract_of(model, more[:1]).groups, random_plan(model, "gc vit", 1, going=1)
+    assert all(step.alone for step in walk(model, list(dict.fromkeys(group.block for group in groups)), [more[:1]]))
+    fitted = refit_(cut_(copy.deepcopy(model), plan), model, groups, plan, [more[:24], more[24:]])
+    for site in plan.gone:
+        [linear] = fitted.get_submodule(site).children()
+        given: list[torch.Tensor] = []
+        hook = model.get_submodule(site).register_forward_hook(lambda *seen, given=given: given.append(seen[-1]))
+        model(more)
+        hook.remove()
+        torch.testing.assert_close(linear.bias, given[0].flatten(0, -2).mean(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("label", "axis"), [("cait", "heads"), ("sam", "attn_query"), ("nest", "attn_value")])

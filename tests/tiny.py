@@ -16,8 +16,9 @@ from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import kept_of
 from kcrprune.method.cost import MacCost
 from kcrprune.method.gates import Gates
-from kcrprune.plan import AXES, Architecture, Axis, ChannelPlan
+from kcrprune.plan import AXES, PER_HEAD, Architecture, Axis, ChannelPlan, Kept
 from kcrprune.surgery.gated import add_gates_
+from kcrprune.surgery.narrow import keep_all
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,32 @@ TINY = (
 )
 
 
-def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
-    """A plan that cuts each axis that each block allows, at random; some axes stay whole."""
-    draw = random.Random(seed)
+def random_plan(model: nn.Module, name: str, seed: int, going: float = 0.25) -> ChannelPlan:
+    """A plan that cuts each axis that each block allows, at random; some axes stay whole.
+
+    Of the branches that may go a share `going` goes.
+    """
+    draw, branches = random.Random(seed), random.Random(f"branches {seed}")
     groups = groups_of(model)
+    gone = {site for site in dict.fromkeys(g.site for g in groups if g.constant) if branches.random() < going}
     heads = {group.site: list(range(group.width)) for group in groups if group.axis == "heads" and group.whole}
     entries = []
     for group in groups:
         if group.axis == "heads":
+            continue
+        if group.site in gone:
+            entries.append(keep_all(group) if group.wide else nothing_of(group))
             continue
         kept_heads = heads.setdefault(group.site, _chosen(draw, group.heads))
         count = group.units if group.whole or draw.random() < 0.3 else draw.randint(1, group.units)
         units = [sorted(draw.sample(range(group.units), count)) for _ in kept_heads]
         entries.append(kept_of(group, kept_heads, units))
     return ChannelPlan(architecture=name, groups=tuple(entries))
+
+
+def nothing_of(group: Group) -> Kept:
+    """The entry of a group whose branch goes."""
+    return kept_of(group, (), ()) if group.axis in PER_HEAD else kept_of(group, (0,), [()])
 
 
 def _chosen(draw: random.Random, count: int) -> list[int]:

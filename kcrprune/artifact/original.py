@@ -146,12 +146,20 @@ def _placed(opened: Opened, numbers: Mapping[str, Tensor], count: int, *, keep_s
     outline = build_outline(opened.architecture, opened.path)
     groups = groups_of(outline)
     plan = opened.plan or full_plan(outline, None)
-    if keep_shapes and (normed := [group.site for group in groups if group.norm and not _is_whole(plan, group)]):
+    normed = [group.site for group in groups if group.norm and not _is_whole(plan, group)]
+    if keep_shapes and (normed := [site for site in normed if site not in plan.gone]):
         raise ExportError(f"{normed[0]} has a norm over channels that were cut, which zeros would not leave alone")
+    if not keep_shapes and plan.gone:
+        raise ExportError(
+            f"{min(plan.gone)} went as a whole, which no narrower tensors say; --keep-shapes puts zeros in its place"
+        )
     kept = index_map(outline, groups, plan)
     narrow = {} if keep_shapes else index_map(outline, [group for group in groups if not group.wide], plan)
     values, state = torch.zeros(count + 1, dtype=torch.float64), torch.zeros(count + 1, dtype=torch.uint8)
-    for name, value in opened.model.state_dict().items():
+    cut = opened.model.state_dict()
+    for name in numbers.keys() & kept.keys() - cut.keys():  # of branches that went
+        state[numbers[name]] = KEPT
+    for name, value in cut.items():
         if name in numbers:
             state[numbers[name]] = GONE
             state[_part(numbers[name], narrow.get(name, {}))] = KEPT
@@ -165,7 +173,7 @@ def _is_whole(plan: ChannelPlan, group: Group) -> bool:
 
 def _part(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     for dim, index in dims.items():
-        tensor = tensor.index_select(dim, torch.tensor(index))
+        tensor = tensor.index_select(dim, torch.tensor(index, dtype=torch.long))
     return tensor
 
 

@@ -101,6 +101,8 @@ def timm_arguments(architecture: Architecture, plan: ChannelPlan | None) -> dict
     arguments = dict(architecture.arguments)
     if plan is None or plan.is_all:
         return arguments
+    if plan.gone:
+        raise ExportError(f"timm has no network without {min(plan.gone)}, which went as a whole; export a .pt2")
     if not all(kept.is_all for kept in plan.groups if kept.axis != "mlp_hidden"):
         raise ExportError(
             "timm has arguments for a cut of mlp_hidden alone; cut with --axes mlp_hidden, or export a .pt2"

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from kcrprune.config import RunConfig
 from kcrprune.measure.bench import Provider
-from kcrprune.spelling import Latency, RoundTo, Share
+from kcrprune.spelling import Latency, RoundTo, Share, ShareOrNone
 
 PANELS: Final = {  # the first setting of each group in the help
     "target_flops": "What to reach",
@@ -29,7 +29,7 @@ SHAPES: Final = {
     "target_latency": "SHARE|MSms",
     "latency_table": "FILE",
 }
-WRITTEN: Final = (Share, RoundTo, Latency)  # settings that configuration reads from text itself
+WRITTEN: Final = (Share, ShareOrNone, RoundTo, Latency)  # settings that configuration reads from text itself
 SHORT: Final = {"batch_size": "-b", "workers": "-j"}  # timm's letters
 
 IMAGES: Final = ("data", "dataset", "val_split", "class_map", "workers", "batch_size", "device")
@@ -173,7 +173,7 @@ def _option(name: str) -> Parameter:
     info = typer.Option(
         *declarations,
         help=_help(name),
-        metavar=SHAPES.get(name, {tuple: "A,B,...", Share: "SHARE"}.get(kind)),
+        metavar=SHAPES.get(name, {tuple: "A,B,...", Share: "SHARE", ShareOrNone: "SHARE"}.get(kind)),
         rich_help_panel=panel(name),
         show_default=False,
     )

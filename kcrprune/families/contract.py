@@ -5,7 +5,7 @@ where its channels lie in the tensors that write them and in those that read the
 are derived from that. No rule speaks of the residual stream, which keeps its width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -73,6 +73,7 @@ class Group:
     wide: bool = False  # the channels are the stream's own: readers gather, writers scatter
     alone: bool = False  # the branch lies in a list of modules, which nobody calls
     whole: bool = False  # the channels stay, and whole heads alone may go: heads share what is theirs
+    constant: str | None = None  # the reader whose bias is all that is left of a branch that goes; None: it stays
 
     @property
     def key(self) -> Key:
@@ -161,8 +162,28 @@ def find_groups(model: nn.Module, rules: Rules, blocks: Blocks) -> tuple[Group, 
     found: list[Group] = []
     for name, module in model.named_modules():
         if rule := of_class(rules, type(module)):
-            found += (_placed(model, group, blocks) for group in rule(name, module))
+            here = [_placed(model, group, blocks) for group in rule(name, module)]
+            constant = _constant(model, name, here) if type(module) in rules else None
+            found += (replace(group, constant=constant) for group in here)
     return tuple(group for group in found if group.stream or not group.wide)
+
+
+def _constant(model: nn.Module, site: str, groups: Sequence[Group]) -> str | None:
+    """The reader whose bias is the output of a branch that reads nothing more; None where there is more to it.
+
+    The block is known to add the branch to its stream, right behind that reader; and all weights of the branch are its
+    groups' (of norms aside), so that nothing is left to compute.
+    """
+    readers = {slot.owner for group in groups if group.stream and not group.wide for slot in group.readers}
+    closes = any(not group.whole and not group.wide for group in groups if group.readers or group.axis == "heads")
+    owners = {slot.owner for group in groups for slot in (*group.writers, *group.readers, *group.per_head)}
+    weights = (f"{site}.{name}" for name, weight in model.get_submodule(site).named_parameters() if weight.ndim > 1)
+    rest = [name for name in weights if name not in owners and name.rpartition(".")[0] not in owners]
+    if len(readers) != 1 or not closes or rest or any(group.affine for group in groups):
+        return None
+    [reader] = readers
+    own = reader.rpartition(".")[0] == site and getattr(owner_of(model, reader), "bias", None) is not None
+    return reader if own else None
 
 
 def _placed(model: nn.Module, group: Group, blocks: Blocks) -> Group:

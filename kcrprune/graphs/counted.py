@@ -15,6 +15,7 @@ Shape = tuple[int, ...]
 Attributes = Mapping[str, Any]
 
 LARGEST_CONSTANT = 1024  # elements; a larger one is a weight, whose shape is enough
+AXES_ARE_INPUTS: Final = 13  # opset; before it, Unsqueeze had them as an attribute
 INDICES: Final = {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING}
 STANDARD: Final = {"", "ai.onnx"}
 
@@ -103,12 +104,29 @@ def _shapes(bare: ModelProto) -> dict[str, Shape]:
     for output in bare.graph.output:
         output.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    if _unsqueeze_scalars_(bare, inferred):
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     found = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = value.type.tensor_type.shape.dim
         if all(dim.HasField("dim_value") for dim in dims):
             found[value.name] = tuple(dim.dim_value for dim in dims)
     return found
+
+
+def _unsqueeze_scalars_(bare: ModelProto, inferred: GraphProto) -> bool:
+    """Writes the reshapes that make a vector of a scalar as what inference knows the value of; whether there are some.
+
+    Exporters make so the shape that a constant is expanded to.
+    """
+    kinds = {value.name: value.type.tensor_type for value in inferred.value_info}
+    scalars = {name for name, kind in kinds.items() if kind.HasField("shape") and not kind.shape.dim}
+    found = [node for node in bare.graph.node if node.op_type == "Reshape" and node.input[0] in scalars]
+    for node in found:
+        axes = onnx.helper.make_tensor(f"{node.output[0]}_axes", TensorProto.INT64, [1], [0])
+        bare.graph.initializer.append(axes)
+        node.CopyFrom(onnx.helper.make_node("Unsqueeze", [node.input[0], axes.name], node.output))
+    return bool(found) and any(of.version >= AXES_ARE_INPUTS for of in bare.opset_import if of.domain in STANDARD)
 
 
 def _node_macs(node: NodeProto, shapes: Mapping[str, Shape]) -> int:

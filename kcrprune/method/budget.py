@@ -1,13 +1,15 @@
 """The plan that scores buy for a price.
 
 What is minimised: the sum of the scores of the channels that go, under a limit on the cost; a problem of knapsacks
-whose items multiply, which is NP-hard. What is done: steps of widths are given up in the order of score lost for cost
-saved, then what is left over buys back. How far that ends from an exact solver: docs/method.md.
+whose items multiply, which is NP-hard. What is done: steps of widths, and branches as a whole where they may go, are
+given up in the order of score lost for cost saved, then what is left over buys back. How far that ends from an exact
+solver: docs/method.md.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -33,7 +35,8 @@ class Allowed(Generic[C]):
     groups: tuple[Group, ...]
     open: frozenset[Key]
     round_to: int | Mapping[Axis, int] = ROUND_TO
-    min_width: float = 0.05  # smallest share of an axis that a block keeps
+    min_width: float = 0.05  # smallest share of an axis that a block keeps; 0: whole branches may go
+    went: frozenset[str] = frozenset()  # branches that an earlier run has taken
 
     @property
     def opened(self) -> tuple[Group, ...]:
@@ -56,9 +59,30 @@ class Allowed(Generic[C]):
         """What kept widths of an axis are multiples of."""
         return self.round_to if isinstance(self.round_to, int) else self.round_to.get(axis, ROUND_TO)
 
+    @cached_property
+    def closing(self) -> dict[str, Group]:
+        """Of each branch that may go the open group without which nothing of it is read."""
+        closing = (g for g in self.opened if g.constant and not g.wide and (g.readers or g.axis == "heads"))
+        found: dict[str, Group] = {}
+        for group in closing:
+            if self.min_width == 0 or group.site in self.went:
+                found.setdefault(group.site, group)
+        return found
+
+    def gone(self, site: str) -> Widths:
+        """The widths of a branch that has gone; the stream's own channels stay."""
+        return {group.key: group.width if group.wide else 0 for group in self.groups if group.site == site}
+
+    def least(self, site: str) -> Widths:
+        """The smallest widths of a branch that is there."""
+        return {group.key: self.levels(group)[0] for group in self.groups if group.site == site}
+
     def floor(self) -> int:
         """Cost of the smallest network that the open groups allow."""
-        return self.cost_of({group.key: self.levels(group)[0] for group in self.groups})
+        widths: dict[Key, int] = {}
+        for site in dict.fromkeys(group.site for group in self.groups):
+            widths |= self.gone(site) if site in self.closing else self.least(site)
+        return self.cost_of(widths)
 
     def cost_of(self, widths: Mapping[Key, int]) -> int:
         """Cost of the network at these widths."""
@@ -84,11 +108,13 @@ def require_reachable(allowed: Allowed, target: float, asked: str = "") -> None:
     reach = replace(allowed, open=frozenset(everything)).floor() / allowed.cost.dense
     there = {axis for _, axis in everything}
     missing = [axis for axis in AXES if axis in there - opened]
-    way_out = (
-        f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
-        if missing and reach <= target
-        else f"no choice of axes goes below {_round_up(min(reach, floor))} here"
-    )
+    least = replace(allowed, min_width=0).floor() / allowed.cost.dense
+    if missing and reach <= target:
+        way_out = f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
+    elif least <= target:
+        way_out = f"min_width 0, with which whole branches may go, reaches {_round_up(least)}"
+    else:
+        way_out = f"no choice of axes goes below {_round_up(min(reach, floor))} here"
     names = ", ".join(axis for axis in AXES if axis in opened) or "none"
     raise BudgetError(
         f"target {asked or f'{target:g}'} of the dense {allowed.cost.unit} is out of reach: the open axes ({names}) "
@@ -134,7 +160,10 @@ class _State:
         }
         self.levels = {group.key: allowed.levels(group) for group in self.open}
         self.spans = {group.key: group.span for group in self.open}
-        self.refused: list[Widths] = []  # moves that would overshoot, and so do as long as they are possible
+        self.closing = allowed.closing
+        self.refused: list[
+            tuple[str, Widths]
+        ] = []  # moves that would overshoot, and so do as long as they are possible
         self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
         self.lost = {group.key: _lost_below(group, self.scores[group.key]) for group in self.open}
@@ -143,31 +172,39 @@ class _State:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
         window = limit - WINDOW * self.allowed.cost.dense
         prices = {site: self._cheapest(site) for site in self.by_site}
-        overshot: tuple[str, Widths] | None = None
         while self.spent > limit:
             site = min(prices, key=lambda site: prices[site][0])
             price, move = prices[site]
-            if price == float("inf") and overshot is not None:  # only steps that are too large are left
-                self._set(*overshot)
+            if price == float("inf") and self.refused:  # only steps that are too large are left
+                self._set(*self._overshooting())
                 break
             if self.spent - self._saving(site, move) < window:
-                overshot = overshot or (site, move)
-                self.refused.append(move)
+                self.refused.append((site, move))
             else:
                 self._set(site, move)
             prices[site] = self._cheapest(site)
+
+    def _overshooting(self) -> tuple[str, Widths]:
+        """Of the steps that were too large the first, unless a branch that goes loses less."""
+        steps = [step for step in self.refused if not self._goes(*step)][:1]
+        branches = [step for step in self.refused if self._goes(*step)]
+        return min([*steps, *branches], key=lambda step: self._loss(*step))
 
     def _cheapest(self, site: str) -> tuple[float, Widths]:
         """(score lost for a unit of cost saved, widths) of the best next step down at a site."""
         best: tuple[float, Widths] = (float("inf"), {})
         for move in self._moves(site):
-            price = self._loss(move) / max(1, self._saving(site, move))
-            if price < best[0] and move not in self.refused:
+            price = self._loss(site, move) / max(1, self._saving(site, move))
+            if price < best[0] and (site, move) not in self.refused:
                 best = (price, move)
         return best
 
     def _moves(self, site: str) -> Iterator[Widths]:
-        """Steps down of each group at a site, and of all together where the cost asks for that."""
+        """Steps down of each group at a site, of all together where the cost asks for that, and to nothing at all."""
+        if self._is_gone(site):
+            return
+        if site in self.closing:
+            yield self.allowed.gone(site)
         ahead = self.allowed.cost.ahead
         for steps in range(1, ahead + 1):
             lower: dict[Key, int] = {}
@@ -183,24 +220,50 @@ class _State:
     def buy_back(self, limit: int, parts: int) -> None:
         """Widens by so small a part of a step whatever gives most score and still fits, until nothing fits."""
         while options := list(self._affordable(limit, parts)):
-            _, group, width = max(options, key=lambda option: option[0])
-            self._set(group.site, {group.key: width})
+            _, site, move = max(options, key=lambda option: option[0])
+            self._set(site, move)
 
-    def _affordable(self, limit: int, parts: int) -> Iterator[tuple[float, Group, int]]:
+    def _affordable(self, limit: int, parts: int) -> Iterator[tuple[float, str, Widths]]:
+        for site, move in self._wider(parts):
+            cost = -self._saving(site, move)
+            if self.spent + cost <= limit:
+                yield -self._loss(site, move) / max(1, cost), site, move
+
+    def _wider(self, parts: int) -> Iterator[tuple[str, Widths]]:
+        """Parts of a step up of each group; a branch that has gone comes back at its smallest, where that is better."""
         for group in self.open:
             now = self.widths[group.key]
-            move = {group.key: min(group.width, now + self.allowed.step(group, parts))}
-            cost = -self._saving(group.site, move)
-            if now < move[group.key] and self.spent + cost <= limit:
-                yield -self._loss(move) / max(1, cost), group, move[group.key]
+            if not self._is_gone(group.site):
+                wider = min(group.width, now + self.allowed.step(group, parts))
+                yield from [(group.site, {group.key: wider})] if now < wider else []
+            elif group is self.closing[group.site]:
+                least = self.allowed.least(group.site)
+                yield from [(group.site, least)] if self._loss(group.site, least) < 0 else []
 
-    def _loss(self, move: Widths) -> float:
-        """Score lost by going from today's widths to those of `move`; negative on the way up."""
+    def _is_gone(self, site: str) -> bool:
+        return self._goes(site, self.widths)
+
+    def _goes(self, site: str, move: Widths) -> bool:
+        return site in self.closing and move.get(self.closing[site].key) == 0
+
+    def _loss(self, site: str, move: Widths) -> float:
+        """Score lost by going from today's widths to those of `move`; negative on the way up.
+
+        A branch that goes loses what its last channels are worth, and what it lost before is no loss any more.
+        """
+        if self._goes(site, move) or self._is_gone(site):
+            return self._lost(site, {**self.widths, **move}) - self._lost(site, self.widths)
         spans = self.spans
         return sum(
             self.lost[key][width // spans[key]] - self.lost[key][self.widths[key] // spans[key]]
             for key, width in move.items()
         )
+
+    def _lost(self, site: str, widths: Widths) -> float:
+        """Score lost at a site that has these widths."""
+        if self._goes(site, widths):
+            return self.lost[self.closing[site].key][0]
+        return sum(self.lost[group.key][widths[group.key] // group.span] for group in self.by_site[site])
 
     def _saving(self, site: str, move: Widths) -> int:
         cost = self.allowed.cost.of_site
@@ -223,7 +286,7 @@ class _State:
     def _heads(self, group: Group) -> Indices:
         key: Key = (group.site, "heads")
         count = self.widths[key] if group.axis in PER_HEAD else group.heads
-        return tuple(range(count)) if count == group.heads else _top(self.scores[key], count)
+        return tuple(range(count)) if count in (0, group.heads) else _top(self.scores[key], count)
 
     def _best(self, group: Group, head: int, units: int) -> Indices:
         if units == group.units:

@@ -39,8 +39,8 @@ class TimeCost:
         return cls(round(NANOSECONDS * table.dense_ms), {site: table.branches[kinds[site]] for site in sites})
 
     def of_site(self, site: str, widths: Widths) -> int:
-        """Nanoseconds of one branch; 0 for one that stays whole."""
+        """Nanoseconds of one branch; 0 for one that stays whole, whose time is no part of this, or that has gone."""
         branch = self.branches.get(site)
-        if branch is None:
+        if branch is None or any(widths[site, axis] == 0 for axis in branch.axes):
             return 0
         return round(NANOSECONDS * branch.at({axis: widths[site, axis] for axis in branch.axes}))

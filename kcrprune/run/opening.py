@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -168,7 +168,8 @@ def _teacher(context: Context, opened: Opened) -> Opened | None:
 
 def allowed(context: Context, network: Network) -> Allowed[MacCost]:
     """What may be cut, and how far."""
-    return opened_groups(network.cost, context.settings)
+    found = opened_groups(network.cost, context.settings)
+    return replace(found, went=network.before.gone) if network.before else found
 
 
 def require_target(context: Context, network: Network) -> None:

@@ -78,7 +78,7 @@ def budget(context: Context, network: Network, times: Times | None) -> Budget:
         return Budget(everything, context.settings.target_flops)
     cost = TimeCost.of(times.table, times.kinds, everything.opened)
     found: Allowed[TimeCost] = Allowed(
-        cost, everything.groups, everything.open, everything.round_to, everything.min_width
+        cost, everything.groups, everything.open, everything.round_to, everything.min_width, everything.went
     )
     share, asked = _share(context.settings.target_latency, times.table)
     kept = found.cost_of(plan_widths(network.before)) / cost.dense if network.before else 1.0

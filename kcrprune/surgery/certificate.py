@@ -5,7 +5,8 @@ output, and is refused before anything is lost.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from kcrprune.families import Group, Key, Slot, owner_of
 from kcrprune.families.contract import class_name
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan, Kept
+from kcrprune.surgery.constant import Constant
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_, keep_all, positions
 
@@ -40,9 +42,14 @@ def certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, im
 
 @torch.no_grad()
 def require_certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, images: Any) -> None:
-    """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first."""
+    """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first.
+
+    So it does a branch that goes as a whole and would leave more than the constant that is put in its place.
+    """
     masked = _masked(model, groups, plan)
-    if _moved_by_all(masked, groups, plan, masked(images), images) == 0:
+    with _constants_left(model, masked, [group for group in groups if group.site in plan.gone]):
+        expected = masked(images)
+    if _moved_by_all(masked, groups, plan, expected, images) == 0:
         return
     for (site, axis), distance in certificate(model, groups, plan, images).items():
         if distance != 0:
@@ -50,6 +57,30 @@ def require_certificate(model: nn.Module, groups: Sequence[Group], plan: Channel
                 f"{axis} of {site!r} ({type(model.get_submodule(site)).__name__}) is not what its rule says: noise in "
                 f"closed channels moves the output by {distance:.1e}; leave its block out with --exclude"
             )
+
+
+@contextmanager
+def _constants_left(model: nn.Module, masked: nn.Module, gone: Sequence[Group]) -> Iterator[None]:
+    """While a masked network runs: UnsupportedModelError where a closed branch gives more than its constant."""
+
+    def check(site: str, constant: Constant) -> Any:
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            left = constant(inputs[0])
+            if output.shape != left.shape or not torch.allclose(output, left):
+                raise UnsupportedModelError(
+                    f"{site!r} ({type(model.get_submodule(site)).__name__}) gives more than the bias of its last "
+                    "linear where nothing of it is read, so it cannot go; leave min_width above 0"
+                )
+
+        return see
+
+    branches = {group.site: Constant.of(model, group) for group in gone}
+    hooks = [masked.get_submodule(site).register_forward_hook(check(site, left)) for site, left in branches.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -42,6 +42,8 @@ def fits_of(dense: nn.Module, block: str, groups: Sequence[Group], rows: Mapping
         norms = _batch_norms(dense, here)
         for owner in _linears(dense, here):
             fit = Fit(inside(owner), rows.get(f"{owner}.weight"), inside(norms.get(owner)))
+            if fit.rows is not None and len(fit.rows) == 0:
+                continue  # it went with its branch
             if group := readers.get(owner):
                 fit = replace(
                     fit,

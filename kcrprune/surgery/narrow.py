@@ -13,6 +13,7 @@ from kcrprune.errors import PlanMismatchError
 from kcrprune.families import SLIM, Group, Slot, groups_of, owner_of
 from kcrprune.families.linears import Linear
 from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
+from kcrprune.surgery.constant import leave_constant_
 from kcrprune.surgery.norm import GatedNorm
 from kcrprune.surgery.swap import linear_at, swap_
 
@@ -87,6 +88,12 @@ def cut_(model: nn.Module, plan: ChannelPlan, groups: Sequence[Group] | None = N
     _check(groups, plan)
     entries = {kept.key: kept for kept in plan.groups}
     index = index_map(model, groups, plan)
+    gone = {group.site: group for group in groups if group.site in plan.gone}
+    for site, group in gone.items():
+        _shrink_(model, f"{group.constant}.weight", {1: []})
+        leave_constant_(model, group)
+        index = {name: dims for name, dims in index.items() if not name.startswith(f"{site}.")}
+    groups = [group for group in groups if group.site not in gone]
     for site in dict.fromkeys(group.site for group in groups if group.axis == "heads"):
         query, value = (entries[site, axis] for axis in PER_HEAD)
         if not (query.is_all and value.is_all):
@@ -121,9 +128,11 @@ def expand_(model: nn.Module, pruned: nn.Module, plan: ChannelPlan) -> nn.Module
     """
     groups = groups_of(model)
     index = index_map(model, groups, plan)
-    own = model.state_dict()
+    own, kept = model.state_dict(), pruned.state_dict()
     with torch.no_grad():
-        for name, value in pruned.state_dict().items():
+        for name in own.keys() & index.keys() - kept.keys():  # of branches that went
+            own[name].zero_()
+        for name, value in kept.items():
             if name in index:
                 _scatter_(own[name], value, index[name])
             elif name in own:
@@ -204,10 +213,18 @@ def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
                 f"{sizes[0]} x {sizes[1]} here"
             )
     entire = {group.site for group in groups if group.axis == "heads" and group.whole}  # all of whose heads stay
+    entries = {kept.key: kept for kept in plan.groups}
     for group in groups:
-        if group.axis != "heads":
-            kept = next(kept for kept in plan.groups if kept.key == group.key)
-            _check_entry(group, kept, heads_stay=group.site in entire)
+        if group.axis != "heads" and group.site in plan.gone:
+            _check_gone(group, entries[group.key])
+        elif group.axis != "heads":
+            _check_entry(group, entries[group.key], heads_stay=group.site in entire)
+
+
+def _check_gone(group: Group, kept: Kept) -> None:
+    """PlanMismatchError where a branch cannot go, or would leave something behind."""
+    if group.constant is None or (not kept.is_all if group.wide else kept.kept_width > 0):
+        raise PlanMismatchError(f"{group.axis} of {group.site!r}: the plan leaves nothing of a branch that has to stay")
 
 
 def _check_entry(group: Group, kept: Kept, *, heads_stay: bool) -> None:
@@ -232,7 +249,7 @@ def _shrink_(model: nn.Module, name: str, dims: Mapping[int, list[int]]) -> None
     tensor = getattr(module, key)
     kept = tensor.detach()
     for dim, index in dims.items():
-        kept = kept.index_select(dim, torch.tensor(index, device=kept.device))
+        kept = kept.index_select(dim, torch.tensor(index, dtype=torch.long, device=kept.device))
     setattr(module, key, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
     _tell_(module)
 
@@ -260,6 +277,9 @@ def _index_(model: nn.Module, group: Group, kept: Sequence[int]) -> None:
 
 
 def _scatter_(whole: Tensor, part: Tensor, dims: Mapping[int, list[int]]) -> None:
-    index = [torch.tensor(dims.get(dim, range(size)), device=whole.device) for dim, size in enumerate(whole.shape)]
+    index = [
+        torch.tensor(dims.get(dim, range(size)), dtype=torch.long, device=whole.device)
+        for dim, size in enumerate(whole.shape)
+    ]
     whole.zero_()
     whole[torch.meshgrid(*index, indexing="ij")] = part

@@ -30,7 +30,7 @@ class GatedNorm(nn.Module):
         if gate.ndim == 2:
             gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
             gate = gate.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
-        share = gate / gate.sum(-1, keepdim=True)
+        share = gate / gate.sum(-1, keepdim=True).clamp_min(1e-12)  # all are closed where the branch goes
         if self.centred:
             x = x - (x * share).sum(-1, keepdim=True)
         x = x * ((x.square() * share).sum(-1, keepdim=True) + self.eps).rsqrt() * self.weight

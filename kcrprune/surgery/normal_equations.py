@@ -56,7 +56,8 @@ class NormalEquations(Sums):
         e is `ridge` times the mean squared input. The change 0 is among the candidates, so the squared residuals on
         this data never grow.
         """
-        e = ridge * self.gram.diagonal()[:-1].mean() + 1e-12
+        energy = self.gram.diagonal()[:-1]
+        e = ridge * (energy.mean() if len(energy) else energy.sum()) + 1e-12
         penalty = e.repeat(len(self.gram))
         penalty[-1] = 1e-6 * e if bias else 1e9 * self.gram.trace()  # free, or held at zero
         return torch.linalg.solve_ex(self.gram + torch.diag(penalty), self.cross).result.T  # `solve` waits to check it

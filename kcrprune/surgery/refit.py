@@ -160,9 +160,11 @@ class _Pair:
 
     def from_images(self, fit: Fit, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """What a fit takes of both, batch by batch, each in a pass of its own."""
-        reads_all, (own, _) = self.reads_all(fit.name), self.fitted(fit)
+        reads_all, (own, fitted) = self.reads_all(fit.name), self.fitted(fit)
         for images in _moved(batches, self.device):
-            x, z = read_by(self.dense, fit.name, images), read_by(self.cut, fit.name, images)
+            x = read_by(self.dense, fit.name, images)
+            constant = fitted.weight.shape[1] == 0  # of a branch that went, whose linear nobody calls
+            z = x[..., :0] if constant else read_by(self.cut, fit.name, images)
             yield x if reads_all else own(x), z
 
     def fitted(self, fit: Fit) -> tuple[Fitted, Fitted]:
@@ -265,6 +267,19 @@ class _Pair:
             sums.add_(z, wanted - fitted(z))
         fitted.correct_(sums, self.ridge)
 
+    def refit_constant_(self, fit: Fit, targets: Streams, cut_in: Replayed) -> None:
+        """Moves what is left of a branch that went to the mean of what brings the stream behind it to `targets`."""
+        assert fit.before is not None
+        _, fitted = self.fitted(fit)
+        gamma, shift = self._affine(fit, fitted)
+        sums = NormalEquations.empty(0, len(fitted.bias), self.device)
+        for target, stream in zip(_moved(targets, self.device), cut_in, strict=True):
+            before = input_of(self.cut, fit.before, stream)
+            wanted = channels_last(fitted.linear, target.view_as(before) - before)
+            missing = ((wanted - shift) / gamma - fitted.bias).flatten(0, -2)
+            sums.add_(missing[:, :0], missing)
+        fitted.correct_(sums, self.ridge)
+
     def _reordered(self, fit: Fit, stream: Tensor) -> RealTokens | None:
         """Where a branch sees the tokens of the stream in another order (windows), or others beside them, those."""
         assert fit.before is not None
@@ -311,7 +326,8 @@ def _refit_block_(
             read = (read_by(pair.cut, fit.name, stream) for stream in cut_in)
             pair.refit_reader_(fit, zip(_moved(targets.pop(fit.name), pair.device), read, strict=True))
         else:
-            pair.refit_to_stream_(fit, targets.pop(fit.name, dense_streams), cut_in)
+            to_stream_ = pair.refit_to_stream_ if pair.fitted(fit)[1].weight.shape[1] else pair.refit_constant_
+            to_stream_(fit, targets.pop(fit.name, dense_streams), cut_in)
         if fit.behind is not None:  # nothing of this branch is left to fit
             cut_in.replay_(fit.site)
     if fit_block is not None:

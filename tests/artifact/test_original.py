@@ -29,10 +29,10 @@ NAMES = (
 KINDS = {foreign.label: foreign for foreign in FOREIGN if foreign.label in NAMES}
 
 
-def cut(path, axes=AXES, **options):
+def cut(path, axes=AXES, going=0.0, **options):
     """What is in a file, cut at random and its weights moved, as a run leaves it."""
     opened = open_model(path, **options)
-    plan = random_plan(opened.model, opened.architecture.name, seed=3)
+    plan = random_plan(opened.model, opened.architecture.name, seed=3, going=going)
     kept = tuple(entry if entry.axis in axes else _all_of(entry) for entry in plan.groups)
     plan = plan.model_copy(update={"groups": kept})
     model = cut_(copy.deepcopy(opened.model), plan)
@@ -53,7 +53,11 @@ def _all_of(entry):
 def test_in_its_old_shapes_the_file_opens_again_and_computes_what_the_cut_network_does(label: str, tmp_path):
     foreign: Foreign = KINDS[label]
     path = foreign.save(foreign.model(), tmp_path)
-    opened = cut(path, **foreign.options)
+    opened = cut(path, going=0.5, **foreign.options)
+    assert opened.plan
+    assert opened.plan.gone
+    with pytest.raises(ExportError, match="went as a whole"):
+        put_back(opened, path, None, tmp_path / "out", keep_shapes=False)
     written = put_back(opened, path, None, tmp_path / "out", keep_shapes=True)
     if path.is_dir():
         shutil.copy(path / "config.json", written.path.with_name("config.json"))

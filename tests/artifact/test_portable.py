@@ -111,9 +111,9 @@ def test_a_swin_may_have_another_width_in_each_stage(tmp_path):
 
 def test_what_timm_cannot_say_is_refused(tiny_vit, tmp_path):
     model = tiny_vit.model()
-    plan = random_plan(model, tiny_vit.architecture.name, 1)
-    with pytest.raises(ExportError, match="a cut of mlp_hidden alone"):
-        save(tmp_path / "folder", tiny_vit, plan, model)
+    for going, message in ((0, "a cut of mlp_hidden alone"), (1, r"without blocks\.0\.attn, which went as a whole")):
+        with pytest.raises(ExportError, match=message):
+            save(tmp_path / "folder", tiny_vit, random_plan(model, tiny_vit.architecture.name, 1, going), model)
     uneven = uniform_plan(model, tiny_vit)
     with pytest.raises(ExportError, match=r"the plan has \[38, 96\]"):
         timm_arguments(tiny_vit.architecture, with_hidden(uneven, lambda kept: range(96), "blocks.0"))

@@ -66,6 +66,11 @@ def test_a_share_may_be_a_percentage(pipeline, written: str, share: float):
     assert (pipeline.asked["config"].target_flops, pipeline.asked["config"].min_width) == (share, share)
 
 
+def test_a_smallest_width_may_be_nothing(pipeline):
+    assert run(["compress", "vit.pth", "--min-width", "0"]) == 0
+    assert pipeline.asked["config"].min_width == 0
+
+
 @pytest.mark.parametrize(("name", "written"), [("--target-flops", "4.2G"), ("--kernel-rank", "half")])
 def test_what_is_no_share_is_answered_with_the_form(pipeline, capsys, name: str, written: str):
     assert run(["compress", "vit.pth", name, written]) == 2

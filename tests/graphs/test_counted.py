@@ -81,6 +81,22 @@ def test_shapes_are_followed_through_a_computed_reshape():
     assert graph_macs(graph(nodes, [("w", (8, 5))])) == 24 * 8 * 5
 
 
+def test_shapes_are_followed_through_what_a_constant_is_expanded_to():
+    """As the exporter writes a shape: a scalar product of sizes, made a vector and joined with others."""
+    constants = {"three": np.array(3), "vector": np.array([-1]), "rest": np.array([8])}
+    nodes = [
+        *(helper.make_node("Constant", [], [n], value=numpy_helper.from_array(v, n)) for n, v in constants.items()),
+        helper.make_node("Shape", ["x"], ["batch"], start=0, end=1),
+        helper.make_node("Squeeze", ["batch"], ["scalar"]),
+        helper.make_node("Mul", ["scalar", "three"], ["windows"]),
+        helper.make_node("Reshape", ["windows", "vector"], ["first"]),
+        helper.make_node("Concat", ["first", "rest"], ["size"], axis=0),
+        helper.make_node("Expand", ["bias", "size"], ["m"]),
+        helper.make_node("MatMul", ["m", "w"], ["y"]),
+    ]
+    assert graph_macs(graph(nodes, [("w", (8, 5)), ("bias", (8,))])) == 3 * 8 * 5
+
+
 @pytest.mark.parametrize(
     ("nodes", "domains"),
     [

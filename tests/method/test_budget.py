@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import BudgetError
-from kcrprune.families import Group, Key, contract_of
+from kcrprune.families import Group, Key, Slot, contract_of
 from kcrprune.families.contract import Contract
 from kcrprune.method.budget import WINDOW, Allowed, Scores, require_reachable, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, kept_count, plan_widths
@@ -124,6 +124,71 @@ def test_widths_that_save_nothing_alone_go_together():
     widths = plan_widths(solve(allowed, scores, 0.7, "x"))
     kept = {axis: widths[key] for key in widths if (axis := key[1]) in SMOOTH}
     assert kept == {"mlp_hidden": 32, "attn_query": 15, "attn_value": 15}
+
+
+def removable(allowed: Allowed[MacCost]) -> Allowed[MacCost]:
+    """The same where branches may go."""
+    groups = tuple(
+        replace(
+            group,
+            constant="proj",
+            wide=group.axis == "mlp_io",
+            readers=(Slot("proj", 1),) if group.axis in ("attn_value", "mlp_hidden") else (),
+        )
+        for group in allowed.groups
+    )
+    cost = replace(allowed.cost, contract=Contract(groups, {}, {}))
+    return replace(allowed, cost=cost, groups=groups, min_width=0)
+
+
+@MANY
+@given(seed=st.integers(0, 2**16), target=st.sampled_from([0.8, 0.5, 0.3, 0.1]))
+def test_where_branches_may_go_the_plan_is_hardly_worse_than_the_best_of_all_plans(seed, target):
+    """The second route tries all widths, and the branches gone; what lies in one axis alone is lost with a branch."""
+    allowed = removable(allowed_for(SMALL, 1, SMOOTH, rest=1000))
+    scores = random_scores(allowed.groups, seed)
+    smooth = [group for group in allowed.groups if group.axis in SMOOTH]
+    dense, found = dense_widths(allowed.groups), plan_widths(solve(allowed, scores, target, "x"))
+    of_heads = [(query, value, 1) for query, value in itertools.product((8, 16, 24, 32), repeat=2)]
+    every = [
+        dict(zip(dense, (*attention, 16, hidden), strict=True))
+        for attention in (*of_heads, (0, 0, 0))
+        for hidden in (0, 8, 16, 24, 32)
+    ]
+    affordable = [loss_where_branches_go(scores, w) for w in every if allowed.cost_of(w) <= target * allowed.cost.dense]
+    assert allowed.cost_of(found) <= target * allowed.cost.dense
+    step = max(float(scores[group.key].sum()) * 8 / scores[group.key].numel() for group in smooth)
+    assert loss_where_branches_go(scores, found) <= min(affordable) + 2 * step
+
+
+def loss_where_branches_go(scores: Scores, widths) -> float:
+    gone = widths["blocks.0.attn", "attn_value"] == 0
+    return loss_of({key: score for key, score in scores.items() if not (gone and key[1] == "attn_query")}, widths)
+
+
+@pytest.mark.parametrize(("dear", "gone"), [("attn_query", True), ("attn_value", False)])
+def test_a_branch_goes_where_its_values_are_worth_nothing(dear, gone):
+    """Whatever q and k are worth: nobody reads them then."""
+    allowed = removable(allowed_for(SMALL, 1, SMOOTH))
+    scores = {
+        key: torch.full_like(score, 1e-3 if key[1] in PER_HEAD and key[1] != dear else 1.0)
+        for key, score in random_scores(allowed.groups, 0).items()
+    }
+    plan = solve(allowed, scores, 0.6, "x")
+    assert plan.gone == ({"blocks.0.attn"} if gone else set())
+    again = replace(allowed, min_width=0.05)
+    assert not solve(again, scores, 0.6, "x").gone
+    assert allowed.floor() < again.floor()
+    with pytest.raises(BudgetError, match=r"min_width 0, with which whole branches may go, reaches 0\.0"):
+        require_reachable(again, 0.01)
+
+
+def test_a_branch_that_went_stays_gone_where_others_may_not_go():
+    allowed = replace(removable(allowed_for(SMALL, 2, SMOOTH)), min_width=0.05, went=frozenset({"blocks.1.mlp"}))
+    scores = {
+        key: score * (key[0] not in allowed.went) for key, score in random_scores(allowed.groups, 0).items()
+    }  # zero where it was
+    assert solve(allowed, scores, 0.5, "x").gone == {"blocks.1.mlp"}
 
 
 @MANY

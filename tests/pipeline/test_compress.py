@@ -212,6 +212,21 @@ def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, axes: tuple
         pipeline.compress(first.folder, short.model_copy(update={"target_flops": 0.85}), tmp_path / "third", ignore)
 
 
+def test_branches_go_on_the_way_to_a_target_that_is_out_of_reach_else(checkpoint: Path, tmp_path: Path):
+    """A step of the budget takes branches, and the next one scores a network that is zero there."""
+    config = SHORT.model_copy(update={"target_flops": 0.53, "min_width": 0.0, "tighten_steps": 2, "recover_steps": 2})
+    result = pipeline.compress(checkpoint, config, tmp_path / "run", ignore)
+    opened, after = open_model(result.folder), result.comparison.after
+    assert opened.plan
+    assert 0 < len(opened.plan.gone) < 4
+    assert after.macs == count_macs(opened.model, (3, 32, 32)) <= 0.53 * (after.dense_macs or 0)
+    assert {block.site for block in after.blocks if 0 in block.kept.values()} == {
+        site.rpartition(".")[0] for site in opened.plan.gone
+    }
+    with pytest.raises(BudgetError, match=r"min_width 0, with which whole branches may go, reaches 0\.5"):
+        pipeline.compress(checkpoint, config.model_copy(update={"min_width": 0.05}), tmp_path / "refused", ignore)
+
+
 def test_another_network_may_be_the_teacher(checkpoint: Path, tiny_vit: Tiny, tmp_path: Path):
     """What is nearest to the network itself is far from another one's answers."""
     other = save(tiny_vit, tmp_path / "teacher.safetensors", tiny_vit.model(seed=1))

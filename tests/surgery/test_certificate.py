@@ -1,6 +1,7 @@
 """The certificate is 0 on every group of every family, and not 0 on rules that are wrong."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_keys_that_lie_elsewhere_are_found(label: str):
     q, *rest = query.writers
     shifted = replace(q, start=q.start - 1)
     assert certificate(model, wrong(groups, query.key, writers=(shifted, *rest)), plan, tiny.images())[query.key] > 1e-3
+
+
+def test_a_branch_that_leaves_more_than_its_bias_cannot_go(tiny_vit: Tiny):
+    model: Any = tiny_vit.model()
+    plan = random_plan(model, "tiny", 0, going=1)
+    assert plan.gone == {f"blocks.{index}.{branch}" for index in range(2) for branch in ("attn", "mlp")}
+    require_certificate(model, groups_of(model), plan, tiny_vit.images())
+    model.blocks[1].attn.proj_drop = torch.nn.Tanh()  # behind what closed channels reach
+    with pytest.raises(UnsupportedModelError, match=r"'blocks.1.attn' \(Attention\) gives more than the bias"):
+        require_certificate(model, groups_of(model), plan, tiny_vit.images())
 
 
 def half_of_the_queries(groups: tuple[Group, ...]) -> ChannelPlan:
