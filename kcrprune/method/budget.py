@@ -8,8 +8,9 @@ saved, then what is left over buys back. How far that ends from an exact solver:
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from kcrprune.errors import BudgetError
@@ -17,6 +18,7 @@ from kcrprune.families import Group, Key
 from kcrprune.method.cost import Cost, Widths, dense_widths
 from kcrprune.plan import AXES, PER_HEAD, ROUND_TO, Axis, ChannelPlan, Indices, Kept
 
+TINY = 1e-300  # in place of a sum of scores that are all zero
 WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
 
 Scores = Mapping[Key, Tensor]  # by group: (units,), or (h, units) for the axes inside heads
@@ -34,6 +36,7 @@ class Allowed(Generic[C]):
     open: frozenset[Key]
     round_to: int | Mapping[Axis, int] = ROUND_TO
     min_width: float = 0.05  # smallest share of an axis that a block keeps
+    nested: tuple[frozenset[Key], ...] = ()  # of each residual stream the groups that keep the first of its channels
 
     @property
     def opened(self) -> tuple[Group, ...]:
@@ -108,22 +111,29 @@ def solve(allowed: Allowed, scores: Scores, target: float, architecture: str | N
     BudgetError where the target is out of reach, and where a score is not a finite number.
     """
     require_reachable(allowed, target)
-    state = _State(allowed, scores)
+    state = _solved(allowed, scores, target, {})
+    if orders := state.shared_orders():
+        state = _solved(allowed, scores, target, orders)
+    return ChannelPlan(architecture=architecture, groups=tuple(state.kept()), stream=state.stream())
+
+
+def _solved(allowed: Allowed[Any], scores: Scores, target: float, orders: Mapping[Key, Tensor]) -> "_State":
+    """The widths at a target, of groups that keep the first of their channels in an order where one is given."""
+    state = _State(allowed, scores, orders)
     limit = max(int(target * allowed.cost.dense), allowed.floor())  # a target that is the floor may round below it
     state.give_up_until(limit)
     parts, coarsest = 1, max(allowed.rounding(group.axis) for group in allowed.groups)
     while True:
         state.buy_back(limit, parts)
         if parts >= coarsest or state.spent > (target - WINDOW) * allowed.cost.dense:
-            break
+            return state
         parts *= 2
-    return ChannelPlan(architecture=architecture, groups=tuple(state.kept()))
 
 
 class _State:
     """Widths of every group while the solver trades them; `spent` is what they cost."""
 
-    def __init__(self, allowed: Allowed, scores: Scores) -> None:
+    def __init__(self, allowed: Allowed, scores: Scores, orders: Mapping[Key, Tensor]) -> None:
         self.allowed = allowed
         self.spent = allowed.cost.dense
         self.widths = dense_widths(allowed.groups)
@@ -137,7 +147,10 @@ class _State:
         self.refused: list[Widths] = []  # moves that would overshoot, and so do as long as they are possible
         self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
-        self.lost = {group.key: _lost_below(group, self.scores[group.key]) for group in self.open}
+        self.orders = orders
+        self.lost = {
+            group.key: _lost_below(group, self.scores[group.key], orders.get(group.key)) for group in self.open
+        }
 
     def give_up_until(self, limit: int) -> None:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
@@ -228,8 +241,37 @@ class _State:
     def _best(self, group: Group, head: int, units: int) -> Indices:
         if units == group.units:
             return tuple(range(units))
+        if group.key in self.orders:
+            return tuple(sorted(self.orders[group.key][:units].tolist()))
         score = self.scores[group.key]
         return _top(score[head] if group.axis in PER_HEAD else score, units)
+
+    def shared_orders(self) -> dict[Key, Tensor]:
+        """The order in which the open groups of a stream are to keep its channels; none where all of them keep all.
+
+        First the channels that most of them keep by themselves, then by their shares of the scores.
+        """
+        found: dict[Key, Tensor] = {}
+        for keys in self.allowed.nested:
+            here = [group for group in self.open if group.key in keys]
+            worth = torch.zeros(here[0].width if here else 0, dtype=torch.float64)
+            for group in here:
+                score = self.scores[group.key]
+                worth += score / score.sum().clamp_min(TINY) / (1 + len(here))
+                worth[list(self._best(group, 0, self.widths[group.key]))] += 1
+            found |= dict.fromkeys((group.key for group in here), worth.argsort(descending=True, stable=True))
+        return found if any(self.widths[group.key] < group.width for group in self.open if group.key in found) else {}
+
+    def stream(self) -> tuple[Indices, ...] | None:
+        """The order of each stream's channels; None where all keep all."""
+        if not self.orders:
+            return None
+        whole = {group.key: group.width for group in self.allowed.groups}
+        found: list[Indices] = []
+        for keys in self.allowed.nested:
+            cut = [key for key in keys if self.widths[key] < whole[key]]
+            found.append(tuple(self.orders[cut[0]].tolist() if cut else range(whole[min(keys)])))
+        return tuple(found)
 
 
 def kept_of(group: Group, heads: Iterable[int], units: Sequence[Iterable[int]]) -> Kept:
@@ -253,9 +295,9 @@ def _require_finite(scores: Mapping[Key, Tensor]) -> None:
             )
 
 
-def _lost_below(group: Group, score: Tensor) -> list[float]:
-    """Score lost when only the best units stay, for 0 units to all (of every head, summed)."""
-    ranked = score.sort(descending=True, dim=-1).values
+def _lost_below(group: Group, score: Tensor, order: Tensor | None) -> list[float]:
+    """Score lost when only the best units stay, or the first of an order, for 0 units to all; of every head, summed."""
+    ranked = score.sort(descending=True, dim=-1).values if order is None else score[order]
     if group.axis in PER_HEAD:
         ranked = ranked.sum(0)
     tail = ranked.flip(0).cumsum(0).flip(0)

@@ -38,4 +38,4 @@ def opened_groups(cost: MacCost, config: RunConfig) -> Allowed[MacCost]:
         for group in groups
         if group.axis in config.axes and not group.whole and is_open(group, config.include, config.exclude)
     )
-    return Allowed(cost, groups, open_, config.round_to, config.min_width)
+    return Allowed(cost, groups, open_, config.round_to, config.min_width, cost.contract.nested)

@@ -77,9 +77,8 @@ def budget(context: Context, network: Network, times: Times | None) -> Budget:
     if times is None:
         return Budget(everything, context.settings.target_flops)
     cost = TimeCost.of(times.table, times.kinds, everything.opened)
-    found: Allowed[TimeCost] = Allowed(
-        cost, everything.groups, everything.open, everything.round_to, everything.min_width
-    )
+    rest = (everything.groups, everything.open, everything.round_to, everything.min_width, everything.nested)
+    found: Allowed[TimeCost] = Allowed(cost, *rest)
     share, asked = _share(context.settings.target_latency, times.table)
     kept = found.cost_of(plan_widths(network.before)) / cost.dense if network.before else 1.0
     if share >= kept:
