@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kcrprune import pipeline
 from kcrprune.events import ignore
-from kcrprune.families import Group, build, contract_of, groups_of, kept_widths
+from kcrprune.families import Group, build, contract_of, groups_of, kept_widths, streams_of
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import kept_of
 from kcrprune.method.cost import MacCost
@@ -178,6 +178,21 @@ def random_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
         units = [sorted(draw.sample(range(group.units), count)) for _ in kept_heads]
         entries.append(kept_of(group, kept_heads, units))
     return ChannelPlan(architecture=name, groups=tuple(entries))
+
+
+def nested_plan(model: nn.Module, name: str, seed: int) -> ChannelPlan:
+    """Such a plan in which MLPs keep the first channels of their stream, in a random order of it."""
+    draw, groups, plan = random.Random(seed), groups_of(model), random_plan(model, name, seed)
+    streams = streams_of(model, groups)
+    orders = [draw.sample(range(stream.width), stream.width) for stream in streams]
+    first = {g.key: order for stream, order in zip(streams, orders, strict=True) for g in groups if stream.holds(g)}
+    kept = [
+        entry.model_copy(update={"channels": (tuple(sorted(first[entry.key][: entry.kept_width])),)})
+        if entry.key in first
+        else entry
+        for entry in plan.groups
+    ]
+    return ChannelPlan(architecture=name, groups=tuple(kept), stream=tuple(map(tuple, orders)) or None)
 
 
 def _chosen(draw: random.Random, count: int) -> list[int]:
