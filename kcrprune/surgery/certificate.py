@@ -16,6 +16,7 @@ from kcrprune.families import Group, Key, Slot, owner_of
 from kcrprune.families.contract import class_name
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan, Kept
+from kcrprune.surgery.arranged import arranged
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_, keep_all, positions
 
@@ -40,7 +41,12 @@ def certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, im
 
 @torch.no_grad()
 def require_certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, images: Any) -> None:
-    """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first."""
+    """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first.
+
+    So it does where a plan sets an order of streams in which the network answers something else.
+    """
+    if plan.stream is not None:
+        _require_same(model, arranged(model, groups, plan)[0], images)
     masked = _masked(model, groups, plan)
     if _moved_by_all(masked, groups, plan, masked(images), images) == 0:
         return
@@ -50,6 +56,17 @@ def require_certificate(model: nn.Module, groups: Sequence[Group], plan: Channel
                 f"{axis} of {site!r} ({type(model.get_submodule(site)).__name__}) is not what its rule says: noise in "
                 f"closed channels moves the output by {distance:.1e}; leave its block out with --exclude"
             )
+
+
+def _require_same(model: nn.Module, other: nn.Module, images: Any) -> None:
+    """UnsupportedModelError where a network whose streams stand in another order does not answer what it did."""
+    expected = model(images)
+    distance = float((other(images) - expected).abs().max())
+    if not distance <= AGREEMENT * float(expected.abs().max()):
+        raise UnsupportedModelError(
+            f"the stream of this {type(model).__name__} is not what is known of its class: in another order of its "
+            f"channels the output moves by {distance:.1e}; leave mlp_io out of --axes"
+        )
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """The certificate is 0 on every group of every family, and not 0 on rules that are wrong."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families import Group, Key, groups_of
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.certificate import certificate, require_certificate
-from tests.conftest import TINY, Tiny, random_plan
+from tests.conftest import TINY, Tiny, nested_plan, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
 
@@ -55,6 +57,22 @@ def test_keys_that_lie_elsewhere_are_found(label: str):
     q, *rest = query.writers
     shifted = replace(q, start=q.start - 1)
     assert certificate(model, wrong(groups, query.key, writers=(shifted, *rest)), plan, tiny.images())[query.key] > 1e-3
+
+
+def test_a_stream_that_is_mixed_where_nobody_knows_is_found(tiny_vit: Tiny):
+    model: Any = tiny_vit.model().eval()
+    groups, plan = groups_of(model), nested_plan(model, "tiny", 4)
+    require_certificate(model, groups, plan, tiny_vit.images())
+    model.pos_drop = Mixing()
+    with pytest.raises(UnsupportedModelError, match=r"the stream of this VisionTransformer .* leave mlp_io out of"):
+        require_certificate(model, groups, plan, tiny_vit.images())
+
+
+class Mixing(nn.Module):
+    """Has no tensor, and takes a channel's neighbour for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.roll(1, -1)
 
 
 def half_of_the_queries(groups: tuple[Group, ...]) -> ChannelPlan:
