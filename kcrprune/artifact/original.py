@@ -149,7 +149,7 @@ def _placed(opened: Opened, numbers: Mapping[str, Tensor], count: int, *, keep_s
     if keep_shapes and (normed := [group.site for group in groups if group.norm and not _is_whole(plan, group)]):
         raise ExportError(f"{normed[0]} has a norm over channels that were cut, which zeros would not leave alone")
     kept = index_map(outline, groups, plan)
-    narrow = {} if keep_shapes else index_map(outline, [group for group in groups if not group.wide], plan)
+    narrow = {} if keep_shapes else index_map(outline, [group for group in groups if not group.wide], plan, ())
     values, state = torch.zeros(count + 1, dtype=torch.float64), torch.zeros(count + 1, dtype=torch.uint8)
     for name, value in opened.model.state_dict().items():
         if name in numbers:

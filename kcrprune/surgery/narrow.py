@@ -125,7 +125,7 @@ def index_map(
 ) -> IndexMap:
     """What a plan keeps of every tensor that it cuts, by the tensor's name in the model, and in which order.
 
-    `streams` are those of the model whose order the plan sets, where they are known.
+    `streams` are those of the model whose order the plan sets, where they are known; with () all stays in order.
     """
     index = _orders(model, _streams(model, groups, plan) if streams is None else streams, plan)
     for name, dims in _lost(model, groups, plan).items():
@@ -159,7 +159,7 @@ def _lost(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> dict[
 def _orders(model: nn.Module, streams: Sequence[Stream], plan: ChannelPlan) -> IndexMap:
     """In which order the channels of the streams stand in each tensor that holds them; without what stays in place."""
     found: IndexMap = {}
-    for stream, order in zip(streams, plan.stream or (), strict=True):
+    for stream, order in zip(streams, plan.stream or (), strict=False):
         for slot in stream.slots if any(channel != place for place, channel in enumerate(order)) else ():
             for name in _tensors(model, slot):
                 size = _tensor(model, name).shape[slot.dim]
@@ -197,12 +197,10 @@ def _check_streams(groups: Sequence[Group], streams: Sequence[Stream], plan: Cha
     if [stream.width for stream in streams] != [len(order) for order in orders]:
         theirs, own = ([*map(len, orders)], [stream.width for stream in streams])
         raise PlanMismatchError(f"the plan sets the order of streams of {theirs} channels; this network has {own}")
-    entries = {kept.key: kept for kept in plan.groups}
+    kept = {entry.key: {channel for of_head in entry.channels for channel in of_head} for entry in plan.groups}
     for stream, order in zip(streams, orders, strict=True):
         for group in groups:
-            if stream.holds(group) and set(entries[group.key].channels[0]) != set(
-                order[: entries[group.key].kept_width]
-            ):
+            if stream.holds(group) and kept[group.key] != set(order[: len(kept[group.key])]):
                 raise PlanMismatchError(
                     f"{group.axis} of {group.site!r}: the plan keeps others than the stream's first channels"
                 )

@@ -80,6 +80,12 @@ def test_channels_of_the_stream_come_back_in_their_old_order(tmp_path):
     ours = again.forward_features(images)[..., list(plan.stream[0])]
     torch.testing.assert_close(ours, expected.forward_features(images), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again(images), expected(images), rtol=1e-4, atol=1e-4)
+    small = torch.load(put_back(opened, path, tmp_path / "small.pth", tmp_path, keep_shapes=False).path)
+    hidden = {kept.site: kept.kept_width for kept in plan.groups if kept.axis == "mlp_hidden"}
+    assert any(width < 64 for width in hidden.values())
+    for site, width in hidden.items():
+        assert small[f"{site}.fc2.weight"].shape == (24, width), "zeros where rows were cut"
+    torch.testing.assert_close(small["blocks.1.norm2.weight"], again.blocks[1].norm2.weight)
 
 
 def test_a_detector_gets_its_narrow_backbone_and_keeps_everything_else(tmp_path):
