@@ -5,7 +5,7 @@ them agrees; then blocks whose MLPs keep nested sets of them keep the first ones
 not in these tables has no streams here, and the paper's axis is cut by gathers there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
@@ -71,17 +71,30 @@ def find_streams(model: nn.Module, groups: Sequence[Group]) -> tuple[Stream, ...
         slots[_stage(group.site, 0)] += (*group.writers, *group.readers)
     sites = tuple(f"{group.site}." for group in wide)
     for owner in _owners(model):
-        if owner.startswith(sites):
-            continue
-        name, stage = _unnumbered(owner), _stage(owner, max(widths))
-        places = [
-            (dims[name], stage - back) for back, dims in enumerate((touching.own, touching.before)) if name in dims
-        ]
-        if not places and not any(fnmatchcase(name, pattern) for pattern in touching.apart):
+        held = [] if owner.startswith(sites) else _held(model, owner, touching, widths)
+        if held is None:
             return ()
-        for dim, at in places:
-            slots[at] += _copies(model, owner, dim, widths[at])
+        for stage, slot in held:
+            slots[stage].append(slot)
     return tuple(Stream(widths[stage], tuple(slots[stage])) for stage in sorted(widths))
+
+
+def _held(model: nn.Module, owner: str, touching: Touching, widths: Mapping[int, int]) -> list[tuple[int, Slot]] | None:
+    """Where an owner holds channels of which stages' streams; None where that is not known.
+
+    It holds them several times where patches are merged, or two ways of pooling go on.
+    """
+    name, stage = _unnumbered(owner), _stage(owner, max(widths))
+    if any(fnmatchcase(name, pattern) for pattern in touching.apart):
+        return []
+    found: list[tuple[int, Slot]] = []
+    for back, dims in enumerate((touching.own, touching.before)):
+        if name in dims:
+            size, width = _size(model, owner, dims[name]), widths.get(stage - back, 0)
+            if width == 0 or size % width != 0:
+                return None
+            found += ((stage - back, Slot(owner, dims[name], start)) for start in range(0, size, width))
+    return found or None
 
 
 def _owners(model: nn.Module) -> list[str]:
@@ -102,8 +115,7 @@ def _stage(name: str, last: int) -> int:
     return 0 if first == "patch_embed" else last
 
 
-def _copies(model: nn.Module, owner: str, dim: int, width: int) -> Iterator[Slot]:
-    """Where an owner holds the stream: several times, where patches are merged or two ways of pooling go on."""
+def _size(model: nn.Module, owner: str, dim: int) -> int:
     found = owner_of(model, owner)
     tensor = found if isinstance(found, Tensor) else next(found.parameters(recurse=False))
-    yield from (Slot(owner, dim, start) for start in range(0, tensor.shape[dim], width))
+    return tensor.shape[dim]

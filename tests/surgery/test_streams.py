@@ -53,7 +53,7 @@ def _norms(model: nn.Module) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_keeping_the_first_channels_is_masking_the_others(tiny: Tiny):
     model, images = tiny.model().double(), tiny.images().double()
-    plan = nested_plan(model, "tiny", 4)
+    plan = nested_plan(model, "tiny", 6)
     pruned, masked = cut(model, plan), copy.deepcopy(model)
     harden_(gated(masked), plan)
     assert relative_error(pruned(images), masked(images)) <= 1e-10
@@ -63,7 +63,7 @@ def test_keeping_the_first_channels_is_masking_the_others(tiny: Tiny):
 
 def test_predicted_macs_are_counted_where_channels_come_first(tiny_vit: Tiny):
     model = tiny_vit.model()
-    plan = nested_plan(model, "tiny", 4)
+    plan = nested_plan(model, "tiny", 6)
     assert cost_of(model, tiny_vit).predicted(plan) == count_macs(cut(model, plan), tiny_vit.input_size)
 
 
@@ -71,7 +71,7 @@ def test_predicted_macs_are_counted_where_channels_come_first(tiny_vit: Tiny):
 @torch.no_grad()
 def test_a_refit_ends_where_that_of_gathered_channels_does(tiny: Tiny):
     model, images = tiny.model().double(), [tiny.images(4, seed).double() for seed in range(2)]
-    plan, groups = nested_plan(model, "tiny", 4), contract_of(model, tiny.input_size).groups
+    plan, groups = nested_plan(model, "tiny", 6), contract_of(model, tiny.input_size).groups
     gathered = plan.model_copy(update={"stream": None})
     first, other = (refit_(cut(model, each), model, groups, each, images) for each in (plan, gathered))
     assert relative_error(first(images[0]), other(images[0])) <= 1e-6
@@ -90,7 +90,7 @@ def test_a_network_with_a_tensor_that_nobody_knows_has_no_streams(tiny_vit: Tiny
 
 def test_an_order_that_is_not_the_networks_is_refused_and_nothing_is_cut(tiny_vit: Tiny):
     model = tiny_vit.model()
-    plan = nested_plan(model, "tiny", 4)
+    plan = nested_plan(model, "tiny", 6)
     assert plan.stream
     before = copy.deepcopy(model.state_dict())
     wrong = {
