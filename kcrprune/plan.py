@@ -158,12 +158,13 @@ def _require_ascending(indices: Indices, width: int, what: str) -> None:
 class ChannelPlan(Frozen):
     """The decision for all groups of one network; format 2, and format 1 is brought to it when it is read.
 
-    `stream` is room for a permutation of the residual stream; today it is None.
+    `stream` is the order, of channels of the dense network, that each of its residual streams has in the cut one, from
+    the input on; then what a group keeps of a stream are the first of its channels in that order. None: as they were.
     """
 
     architecture: str | None  # the timm model name that the plan was made for, where it has one
     groups: tuple[Kept, ...]
-    stream: Indices | None = None
+    stream: tuple[Indices, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +188,8 @@ class ChannelPlan(Frozen):
         for kept in self.groups:
             if heads.setdefault(kept.site, kept.kept_heads) != kept.kept_heads:
                 raise ValueError(f"the groups of {kept.site} keep other heads")
+        if any(sorted(order) != list(range(len(order))) for order in self.stream or ()):
+            raise ValueError("stream: an order names each channel once")
         return self
 
     def __iter__(self) -> Iterator[Kept]:  # type: ignore[override]

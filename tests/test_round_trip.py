@@ -10,7 +10,7 @@ import torch
 from kcrprune.artifact.artifact import open_model, save_model
 from kcrprune.plan import Preprocessing
 from kcrprune.surgery.narrow import cut_
-from tests.tiny import TINY, Tiny, random_plan
+from tests.tiny import TINY, Tiny, nested_plan
 
 READ = """
 import sys, pathlib, torch, kcrprune
@@ -32,7 +32,7 @@ def test_a_fresh_process_without_training_code_computes_the_same(finished: Path,
         folder = tmp_path / tiny.label
         folder.mkdir()
         model = tiny.model()
-        plan = random_plan(model, tiny.architecture.name, 1)
+        plan = nested_plan(model, tiny.architecture.name, 1)
         pruned = cut_(model, plan).eval()
         save_model(
             folder / "model.safetensors",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kcrprune.families import Group, build, contract_of, groups_of, kept_widths
+from kcrprune.families import Group, build, contract_of, groups_of, kept_widths, streams_of
 from kcrprune.measure.macs import count_macs
 from kcrprune.method.budget import kept_of
 from kcrprune.method.cost import MacCost
@@ -132,6 +132,21 @@ def random_plan(model: nn.Module, name: str, seed: int, going: float = 0.25) -> 
 def nothing_of(group: Group) -> Kept:
     """The entry of a group whose branch goes."""
     return kept_of(group, (), ()) if group.axis in PER_HEAD else kept_of(group, (0,), [()])
+
+
+def nested_plan(model: nn.Module, name: str, seed: int, **options: Any) -> ChannelPlan:
+    """Such a plan in which MLPs keep the first channels of their stream, in a random order of it."""
+    draw, groups, plan = random.Random(seed), groups_of(model), random_plan(model, name, seed, **options)
+    streams = streams_of(model, groups)
+    orders = [draw.sample(range(stream.width), stream.width) for stream in streams]
+    first = {g.key: order for stream, order in zip(streams, orders, strict=True) for g in groups if stream.holds(g)}
+    kept = [
+        entry.model_copy(update={"channels": (tuple(sorted(first[entry.key][: entry.kept_width])),)})
+        if entry.key in first
+        else entry
+        for entry in plan.groups
+    ]
+    return ChannelPlan(architecture=name, groups=tuple(kept), stream=tuple(map(tuple, orders)) or None)
 
 
 def _chosen(draw: random.Random, count: int) -> list[int]:

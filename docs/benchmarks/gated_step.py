@@ -26,7 +26,7 @@ from kcrprune.config import RunConfig
 from kcrprune.families import build
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.tables import Table, markdown
-from kcrprune.method.budget import Allowed
+from kcrprune.method.allowed import Allowed
 from kcrprune.method.innovations import Innovations
 from kcrprune.method.shift import ExpectedMacs
 from kcrprune.plan import Architecture

@@ -37,7 +37,8 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.config import RunConfig
 from kcrprune.families import FeatureTap
 from kcrprune.measure.macs import count_macs
-from kcrprune.method.budget import Allowed, solve
+from kcrprune.method.allowed import Allowed
+from kcrprune.method.budget import solve
 from kcrprune.method.gates import Gates
 from kcrprune.method.kernel_complexity import (
     Covariance,

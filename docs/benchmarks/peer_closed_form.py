@@ -21,7 +21,8 @@ import kcrprune
 from kcrprune.artifact.artifact import open_model
 from kcrprune.families import Group, Key
 from kcrprune.families.observed import watching
-from kcrprune.method.budget import Allowed, kept_of, require_reachable, solve
+from kcrprune.method.allowed import Allowed, require_reachable
+from kcrprune.method.budget import kept_of, solve
 from kcrprune.plan import ChannelPlan, Kept
 from kcrprune.run.network import opened_groups
 from kcrprune.surgery.narrow import cut_, full_plan, positions

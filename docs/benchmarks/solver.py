@@ -16,7 +16,8 @@ import torch
 from kcrprune.families import Group
 from kcrprune.families.contract import Contract, Key
 from kcrprune.measure.tables import Table, markdown
-from kcrprune.method.budget import Allowed, Scores, solve
+from kcrprune.method.allowed import Allowed
+from kcrprune.method.budget import Scores, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, plan_widths
 from kcrprune.plan import PER_HEAD, Axis
 

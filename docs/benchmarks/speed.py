@@ -2,6 +2,7 @@
 
 Random weights and images, Fisher scores, no refit: time depends on widths alone. Dense and cut networks run in turn on
 one thread, whose own processor time counts, so that other work on the machine disturbs little. Prints Markdown rows.
+With `--mlp-io` the plans are those of the paper's axis: sets of each MLP's own, which are gathered, and nested ones.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -21,7 +23,8 @@ from kcrprune.families import contract_of
 from kcrprune.graphs import export_onnx, open_onnx
 from kcrprune.measure.macs import count_macs
 from kcrprune.measure.timing import in_turn, timings_of
-from kcrprune.method.budget import Allowed, Scores, solve
+from kcrprune.method.allowed import Allowed
+from kcrprune.method.budget import Scores, solve
 from kcrprune.method.cost import MacCost
 from kcrprune.plan import Axis, ChannelPlan
 from kcrprune.surgery.gated import add_gates_, remove_gates_
@@ -41,14 +44,15 @@ def main() -> None:
     parser.add_argument("network")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--graphs", action="store_true", help="in ONNX Runtime as well")
+    parser.add_argument("--mlp-io", action="store_true", help="plans of mlp_io")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(arguments.network).eval()
     cost = MacCost.of(model, contract_of(model, SIZE), count_macs(model, SIZE))
-    scores = scored(model, cost)
+    scores = scored(model, cost, (*DEFAULT, "mlp_io") if arguments.mlp_io else DEFAULT)
     for target in arguments.targets:
-        chosen = plans(cost, scores, target)
+        chosen = (plans_of_mlp_io if arguments.mlp_io else plans)(cost, scores, target)
         networks = {"dense": model} | {name: cut_(copy.deepcopy(model), plan).eval() for name, plan in chosen.items()}
         saved = {name: 1 - cost.predicted(plan) / cost.dense for name, plan in chosen.items()}
         with TemporaryDirectory() as folder:
@@ -59,9 +63,9 @@ def main() -> None:
                         sys.stdout.flush()
 
 
-def scored(model: nn.Module, cost: MacCost) -> Scores:
-    """Fisher scores of all channels, on random images."""
-    gates = add_gates_(model, cost.contract.groups, allowed(cost, DEFAULT, 8).opened, innovations={})
+def scored(model: nn.Module, cost: MacCost, axes: tuple[Axis, ...]) -> Scores:
+    """Fisher scores of all channels of some axes, on random images."""
+    gates = add_gates_(model, cost.contract.groups, allowed(cost, axes, 8).opened, innovations={})
     images = [torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     scores = fisher_scores(model, gates, images, generator(0, "score", 0, "labels"), "classes")
     remove_gates_(model, gates)
@@ -80,6 +84,17 @@ def plans(cost: MacCost, scores: Scores, target: float) -> dict[str, ChannelPlan
         "hidden units alone": allowed(cost, ("mlp_hidden",), 8),
         "default": allowed(cost, DEFAULT, 8),
         "default, heads by 16": allowed(cost, DEFAULT, HEADS_BY_16),
+    }
+    return {name: solve(kind, scores, target, None) for name, kind in kinds.items()}
+
+
+def plans_of_mlp_io(cost: MacCost, scores: Scores, target: float) -> dict[str, ChannelPlan]:
+    """Plans of the same MACs, by the paper's axis and by hidden units."""
+    own = allowed(cost, ("mlp_io",), 8)
+    kinds = {
+        "hidden units alone": allowed(cost, ("mlp_hidden",), 8),
+        "mlp_io, gathered": own,
+        "mlp_io, first channels": replace(own, nested=cost.contract.nested),
     }
     return {name: solve(kind, scores, target, None) for name, kind in kinds.items()}
 

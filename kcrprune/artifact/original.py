@@ -154,7 +154,7 @@ def _placed(opened: Opened, numbers: Mapping[str, Tensor], count: int, *, keep_s
             f"{min(plan.gone)} went as a whole, which no narrower tensors say; --keep-shapes puts zeros in its place"
         )
     kept = index_map(outline, groups, plan)
-    narrow = {} if keep_shapes else index_map(outline, [group for group in groups if not group.wide], plan)
+    narrow = {} if keep_shapes else index_map(outline, [group for group in groups if not group.wide], plan, ())
     values, state = torch.zeros(count + 1, dtype=torch.float64), torch.zeros(count + 1, dtype=torch.uint8)
     cut = opened.model.state_dict()
     for name in numbers.keys() & kept.keys() - cut.keys():  # of branches that went

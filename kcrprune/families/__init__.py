@@ -1,5 +1,6 @@
 """Which networks kcrprune knows, and where their channels lie."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import timm
@@ -10,7 +11,7 @@ from kcrprune.errors import UnsupportedModelError
 from kcrprune.families.attentions import ATTENTIONS, SLIM_ATTENTIONS
 from kcrprune.families.blocks import BLOCKS as LINEAR_BLOCKS
 from kcrprune.families.channels import CHANNELS, SLIM_CHANNELS
-from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, find_groups, owner_of
+from kcrprune.families.contract import Branch, Contract, Group, Key, Rule, Slot, Stream, find_groups, owner_of
 from kcrprune.families.convolutions import CONVOLUTIONAL_BLOCKS, CONVOLUTIONS, forget_caches_
 from kcrprune.families.features import FeatureTap, classifiers, outputs_of
 from kcrprune.families.foreign import FOREIGN, FOREIGN_BLOCKS
@@ -21,6 +22,7 @@ from kcrprune.families.observed import observe
 from kcrprune.families.outline import outlining
 from kcrprune.families.relatives import RELATIVES, SLIM_RELATIVES
 from kcrprune.families.slim import SlimAttention, kept_widths
+from kcrprune.families.streams import find_streams
 from kcrprune.plan import Architecture
 
 RULES: Final[dict[type | str, Rule]] = {
@@ -60,6 +62,11 @@ def groups_of(model: nn.Module) -> tuple[Group, ...]:
     return find_groups(model, RULES, BLOCKS)
 
 
+def streams_of(model: nn.Module, groups: Sequence[Group] | None = None) -> tuple[Stream, ...]:
+    """The residual streams of a dense network, from the input on, where all that touches them is known."""
+    return find_streams(model, groups_of(model) if groups is None else groups)
+
+
 def contract_of(model: nn.Module, image: Tensor | Feed | tuple[int, int, int]) -> Contract:
     """The groups of a dense network and what one image (1, C, H, W), or of that size (C, H, W), meets there.
 
@@ -80,7 +87,8 @@ def contract_of(model: nn.Module, image: Tensor | Feed | tuple[int, int, int]) -
         site: min((rank[name] for name in positions if name.startswith(f"{site}.")), default=len(rank))
         for site in {group.site for group in groups}
     }
-    return Contract(tuple(sorted(groups, key=lambda group: first[group.site])), positions, pairs)
+    ordered = tuple(sorted(groups, key=lambda group: first[group.site]))
+    return Contract(ordered, positions, pairs, streams_of(model, groups))
 
 
 def _of_timm(value: Any) -> Any:
@@ -111,6 +119,7 @@ __all__ = [
     "Key",
     "SlimAttention",
     "Slot",
+    "Stream",
     "build",
     "classifiers",
     "contract_of",
@@ -122,4 +131,5 @@ __all__ = [
     "outlining",
     "outputs_of",
     "owner_of",
+    "streams_of",
 ]

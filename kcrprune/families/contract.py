@@ -2,7 +2,8 @@
 
 A group lives inside one branch module (an MLP, an attention); a rule, keyed by the exact class of that module, says
 where its channels lie in the tensors that write them and in those that read them. Gates, cut, cost, balance and refit
-are derived from that. No rule speaks of the residual stream, which keeps its width.
+are derived from that. No rule speaks of the residual stream, which keeps its width; of some networks it is known where
+its channels lie (`streams.py`), so that they may stand in another order.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,6 +115,18 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A residual stream: in every slot lie its channels, side by side and in one order, which may be another."""
+
+    width: int
+    slots: tuple[Slot, ...]
+
+    def holds(self, group: Group) -> bool:
+        """Whether the channels of a group are this stream's."""
+        return group.wide and group.readers[0] in self.slots
+
+
+@dataclass(frozen=True)
 class Branch:
     """How a pre-norm block adds a branch to its stream: behind which norm, through which LayerScale, and what follows.
 
@@ -222,6 +235,7 @@ class Contract:
     groups: tuple[Group, ...]  # in the order of the forward pass
     positions: Mapping[str, int]
     pairs: Mapping[str, int]
+    streams: tuple[Stream, ...] = ()
 
     @cached_property
     def by_key(self) -> dict[Key, Group]:
@@ -234,6 +248,11 @@ class Contract:
         return {
             site: tuple(g for g in self.groups if g.site == site) for site in dict.fromkeys(g.site for g in self.groups)
         }
+
+    @property
+    def nested(self) -> tuple[frozenset[Key], ...]:
+        """For each stream the groups whose channels are its own, and may be its first ones in an order of theirs."""
+        return tuple(frozenset(group.key for group in self.groups if stream.holds(group)) for stream in self.streams)
 
     @cached_property
     def blocks(self) -> dict[str, tuple[Group, ...]]:

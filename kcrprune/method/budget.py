@@ -8,122 +8,21 @@ solver: docs/method.md.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kcrprune.errors import BudgetError
 from kcrprune.families import Group, Key
-from kcrprune.method.cost import Cost, Widths, dense_widths
-from kcrprune.plan import AXES, PER_HEAD, ROUND_TO, Axis, ChannelPlan, Indices, Kept
+from kcrprune.method.allowed import Allowed, require_reachable
+from kcrprune.method.cost import Widths, dense_widths
+from kcrprune.plan import PER_HEAD, ChannelPlan, Indices, Kept
 
+TINY = 1e-300  # in place of a sum of scores that are all zero
 WINDOW = 0.005  # a plan lies within this share of the dense cost below its target, where the widths allow it
 
 Scores = Mapping[Key, Tensor]  # by group: (units,), or (h, units) for the axes inside heads
-
-
-C = TypeVar("C", bound=Cost)
-
-
-@dataclass(frozen=True)
-class Allowed(Generic[C]):
-    """What may be spent and on what: the cost, and which groups are open to which widths."""
-
-    cost: C
-    groups: tuple[Group, ...]
-    open: frozenset[Key]
-    round_to: int | Mapping[Axis, int] = ROUND_TO
-    min_width: float = 0.05  # smallest share of an axis that a block keeps; 0: whole branches may go
-    went: frozenset[str] = frozenset()  # branches that an earlier run has taken
-
-    @property
-    def opened(self) -> tuple[Group, ...]:
-        """The groups that are open."""
-        return tuple(group for group in self.groups if group.key in self.open)
-
-    def levels(self, group: Group) -> list[int]:
-        """Allowed widths of a group, ascending: multiples of the rounding, and the whole."""
-        if group.key not in self.open:
-            return [group.width]
-        step, smallest = self.step(group), max(1, self.min_width * group.width)
-        return [width for width in range(step, group.width, step) if width >= smallest] + [group.width]
-
-    def step(self, group: Group, parts: int = 1) -> int:
-        """Channels of one step of a width, or of one of its `parts`: heads go one by one, pairs together."""
-        rounding = max(1, self.rounding(group.axis) // parts)
-        return 1 if group.axis == "heads" else -(-rounding // group.span) * group.span
-
-    def rounding(self, axis: Axis) -> int:
-        """What kept widths of an axis are multiples of."""
-        return self.round_to if isinstance(self.round_to, int) else self.round_to.get(axis, ROUND_TO)
-
-    @cached_property
-    def closing(self) -> dict[str, Group]:
-        """Of each branch that may go the open group without which nothing of it is read."""
-        closing = (g for g in self.opened if g.constant and not g.wide and (g.readers or g.axis == "heads"))
-        found: dict[str, Group] = {}
-        for group in closing:
-            if self.min_width == 0 or group.site in self.went:
-                found.setdefault(group.site, group)
-        return found
-
-    def gone(self, site: str) -> Widths:
-        """The widths of a branch that has gone; the stream's own channels stay."""
-        return {group.key: group.width if group.wide else 0 for group in self.groups if group.site == site}
-
-    def least(self, site: str) -> Widths:
-        """The smallest widths of a branch that is there."""
-        return {group.key: self.levels(group)[0] for group in self.groups if group.site == site}
-
-    def floor(self) -> int:
-        """Cost of the smallest network that the open groups allow."""
-        widths: dict[Key, int] = {}
-        for site in dict.fromkeys(group.site for group in self.groups):
-            widths |= self.gone(site) if site in self.closing else self.least(site)
-        return self.cost_of(widths)
-
-    def cost_of(self, widths: Mapping[Key, int]) -> int:
-        """Cost of the network at these widths."""
-        dense = dense_widths(self.groups)
-        saved = (
-            self.cost.of_site(site, dense) - self.cost.of_site(site, widths)
-            for site in dict.fromkeys(group.site for group in self.groups)
-        )
-        return self.cost.dense - sum(saved)
-
-
-def require_reachable(allowed: Allowed, target: float, asked: str = "") -> None:
-    """BudgetError, with the smallest reachable share and the axes that would allow the target.
-
-    `asked` is the target in the words of who asked for it, where they are others.
-    """
-    floor = allowed.floor() / allowed.cost.dense
-    if floor <= target:
-        return
-    blocks = {group.block for group in allowed.groups if group.key in allowed.open}
-    everything = {group.key: group for group in allowed.groups if group.block in blocks and not group.whole}
-    opened = {axis for _, axis in allowed.open}
-    reach = replace(allowed, open=frozenset(everything)).floor() / allowed.cost.dense
-    there = {axis for _, axis in everything}
-    missing = [axis for axis in AXES if axis in there - opened]
-    least = replace(allowed, min_width=0).floor() / allowed.cost.dense
-    if missing and reach <= target:
-        way_out = f"opening {', '.join(missing)} as well reaches {_round_up(reach)}"
-    elif least <= target:
-        way_out = f"min_width 0, with which whole branches may go, reaches {_round_up(least)}"
-    else:
-        way_out = f"no choice of axes goes below {_round_up(min(reach, floor))} here"
-    names = ", ".join(axis for axis in AXES if axis in opened) or "none"
-    raise BudgetError(
-        f"target {asked or f'{target:g}'} of the dense {allowed.cost.unit} is out of reach: the open axes ({names}) "
-        f"go down to {_round_up(floor)}; {way_out}"
-    )
-
-
-def _round_up(share: float) -> str:
-    return f"{-(-share * 1000 // 1) / 1000:.3f}"
 
 
 def solve(allowed: Allowed, scores: Scores, target: float, architecture: str | None) -> ChannelPlan:
@@ -134,22 +33,29 @@ def solve(allowed: Allowed, scores: Scores, target: float, architecture: str | N
     BudgetError where the target is out of reach, and where a score is not a finite number.
     """
     require_reachable(allowed, target)
-    state = _State(allowed, scores)
+    state = _solved(allowed, scores, target, {})
+    if orders := state.shared_orders():
+        state = _solved(allowed, scores, target, orders)
+    return ChannelPlan(architecture=architecture, groups=tuple(state.kept()), stream=state.stream())
+
+
+def _solved(allowed: Allowed[Any], scores: Scores, target: float, orders: Mapping[Key, Tensor]) -> "_State":
+    """The widths at a target, of groups that keep the first of their channels in an order where one is given."""
+    state = _State(allowed, scores, orders)
     limit = max(int(target * allowed.cost.dense), allowed.floor())  # a target that is the floor may round below it
     state.give_up_until(limit)
     parts, coarsest = 1, max(allowed.rounding(group.axis) for group in allowed.groups)
     while True:
         state.buy_back(limit, parts)
         if parts >= coarsest or state.spent > (target - WINDOW) * allowed.cost.dense:
-            break
+            return state
         parts *= 2
-    return ChannelPlan(architecture=architecture, groups=tuple(state.kept()))
 
 
 class _State:
     """Widths of every group while the solver trades them; `spent` is what they cost."""
 
-    def __init__(self, allowed: Allowed, scores: Scores) -> None:
+    def __init__(self, allowed: Allowed, scores: Scores, orders: Mapping[Key, Tensor]) -> None:
         self.allowed = allowed
         self.spent = allowed.cost.dense
         self.widths = dense_widths(allowed.groups)
@@ -166,7 +72,10 @@ class _State:
         ] = []  # moves that would overshoot, and so do as long as they are possible
         self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
-        self.lost = {group.key: _lost_below(group, self.scores[group.key]) for group in self.open}
+        self.orders = orders
+        self.lost = {
+            group.key: _lost_below(group, self.scores[group.key], orders.get(group.key)) for group in self.open
+        }
 
     def give_up_until(self, limit: int) -> None:
         """Narrows step by step until the limit is met; a step too large for what is left to save comes last."""
@@ -291,8 +200,37 @@ class _State:
     def _best(self, group: Group, head: int, units: int) -> Indices:
         if units == group.units:
             return tuple(range(units))
+        if group.key in self.orders:
+            return tuple(sorted(self.orders[group.key][:units].tolist()))
         score = self.scores[group.key]
         return _top(score[head] if group.axis in PER_HEAD else score, units)
+
+    def shared_orders(self) -> dict[Key, Tensor]:
+        """The order in which the open groups of a stream are to keep its channels; none where all of them keep all.
+
+        First the channels that most of them keep by themselves, then by their shares of the scores.
+        """
+        found: dict[Key, Tensor] = {}
+        for keys in self.allowed.nested:
+            here = [group for group in self.open if group.key in keys]
+            worth = torch.zeros(here[0].width if here else 0, dtype=torch.float64)
+            for group in here:
+                score = self.scores[group.key]
+                worth += score / score.sum().clamp_min(TINY) / (1 + len(here))
+                worth[list(self._best(group, 0, self.widths[group.key]))] += 1
+            found |= dict.fromkeys((group.key for group in here), worth.argsort(descending=True, stable=True))
+        return found if any(self.widths[group.key] < group.width for group in self.open if group.key in found) else {}
+
+    def stream(self) -> tuple[Indices, ...] | None:
+        """The order of each stream's channels; None where all keep all."""
+        if not self.orders:
+            return None
+        whole = {group.key: group.width for group in self.allowed.groups}
+        found: list[Indices] = []
+        for keys in self.allowed.nested:
+            cut = [key for key in keys if self.widths[key] < whole[key]]
+            found.append(tuple(self.orders[cut[0]].tolist() if cut else range(whole[min(keys)])))
+        return tuple(found)
 
 
 def kept_of(group: Group, heads: Iterable[int], units: Sequence[Iterable[int]]) -> Kept:
@@ -316,9 +254,9 @@ def _require_finite(scores: Mapping[Key, Tensor]) -> None:
             )
 
 
-def _lost_below(group: Group, score: Tensor) -> list[float]:
-    """Score lost when only the best units stay, for 0 units to all (of every head, summed)."""
-    ranked = score.sort(descending=True, dim=-1).values
+def _lost_below(group: Group, score: Tensor, order: Tensor | None) -> list[float]:
+    """Score lost when only the best units stay, or the first of an order, for 0 units to all; of every head, summed."""
+    ranked = score.sort(descending=True, dim=-1).values if order is None else score[order]
     if group.axis in PER_HEAD:
         ranked = ranked.sum(0)
     tail = ranked.flip(0).cumsum(0).flip(0)

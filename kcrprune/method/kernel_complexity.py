@@ -5,6 +5,7 @@ K / n and C have the same non-zero eigenvalues, so the n x n gram is never made.
 Source: Wang and Yang, arXiv 2507.12780; the bound is that of Bartlett, Bousquet and Mendelson (2005).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -32,6 +33,11 @@ class Covariance(Sums):
         self.total += batch.T @ batch
         self.images += len(batch)
         return self
+
+    def taken(self, features: Sequence[int]) -> Self:
+        """That of features in another order."""
+        index = torch.tensor(features, device=self.total.device)
+        return type(self)(self.total[index][:, index], self.images)
 
     @property
     def finite(self) -> bool:

@@ -4,6 +4,7 @@ from math import isfinite
 
 from kcrprune.errors import DivergedError
 from kcrprune.measure.report import Accuracy
+from kcrprune.method.kernel_complexity import Covariance
 from kcrprune.plan import ChannelPlan
 from kcrprune.run.context import Context
 from kcrprune.run.deadline import pace_of, recovery_steps, say_early
@@ -13,6 +14,7 @@ from kcrprune.run.opening import Network, Pool, Weights, objective_of
 from kcrprune.run.ranking import Searched, Tightened, refit
 from kcrprune.run.selecting import Selected, distance_of, searched_network
 from kcrprune.run.store import Result
+from kcrprune.surgery.arranged import features_of
 from kcrprune.surgery.narrow import cut_
 from kcrprune.training.losses import HeldOut
 from kcrprune.training.recover import Recovered, recover_
@@ -97,7 +99,7 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
             context.accelerator,
             pool.parts.training.from_step,
             pool.parts.held_out,
-            reference.seen(context.device),
+            _seen(reference.seen(context.device), network, cut.plan),
             pace=pace,
             listener=context.listener,
             snapshots=context.snapshots,
@@ -108,6 +110,13 @@ def recover(context: Context, network: Network, pool: Pool, reference: Reference
     context.say_replaced("recover", pool.parts.training.replaced)
     context.say_waited("recover", pool.parts.training.waited)
     return Recovery(weights=model.state_dict(), cut=accuracy)
+
+
+def _seen(dense: Covariance, network: Network, plan: ChannelPlan) -> Covariance:
+    """The covariance of the dense network's features, in the order of those of the cut one."""
+    if plan.stream is None:
+        return dense
+    return dense.taken(features_of(network.dense, network.groups, plan))
 
 
 def _remember(context: Context, found: Recovered) -> None:

@@ -9,7 +9,7 @@ from kcrprune.checkpoints.dense import Opened
 from kcrprune.config import RunConfig, network_of
 from kcrprune.errors import ConfigError
 from kcrprune.families import contract_of
-from kcrprune.method.budget import Allowed
+from kcrprune.method.allowed import Allowed
 from kcrprune.method.cost import MacCost
 from kcrprune.surgery.gated import is_open, matches
 
@@ -38,4 +38,4 @@ def opened_groups(cost: MacCost, config: RunConfig) -> Allowed[MacCost]:
         for group in groups
         if group.axis in config.axes and not group.whole and is_open(group, config.include, config.exclude)
     )
-    return Allowed(cost, groups, open_, config.round_to, config.min_width)
+    return Allowed(cost, groups, open_, config.round_to, config.min_width, nested=cost.contract.nested)

@@ -17,7 +17,7 @@ from kcrprune.config import RunConfig
 from kcrprune.errors import BudgetError, ConfigError, DataError
 from kcrprune.families import Group, contract_of
 from kcrprune.measure.macs import count_macs, count_parameters
-from kcrprune.method.budget import Allowed, require_reachable
+from kcrprune.method.allowed import Allowed, require_reachable
 from kcrprune.method.cost import MacCost
 from kcrprune.method.objective import Objective
 from kcrprune.plan import ChannelPlan, Outputs, canonical_json

@@ -15,7 +15,7 @@ from kcrprune import processes
 from kcrprune.errors import ConfigError, ran_out_of_memory
 from kcrprune.measure.times import BranchTimes, TimeTable, read_times
 from kcrprune.measure.timing import in_turn
-from kcrprune.method.budget import Allowed
+from kcrprune.method.allowed import Allowed
 from kcrprune.method.cost import Widths, dense_widths
 from kcrprune.plan import Axis, canonical_json
 from kcrprune.run.context import Context

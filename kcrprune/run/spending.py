@@ -9,7 +9,8 @@ from kcrprune import processes
 from kcrprune.errors import BudgetError
 from kcrprune.measure.report import Timing
 from kcrprune.measure.times import TimeTable
-from kcrprune.method.budget import Allowed, Scores, require_reachable, solve
+from kcrprune.method.allowed import Allowed, require_reachable
+from kcrprune.method.budget import Scores, solve
 from kcrprune.method.cost import plan_widths
 from kcrprune.method.time_cost import TimeCost
 from kcrprune.plan import ChannelPlan, Frozen
@@ -77,9 +78,8 @@ def budget(context: Context, network: Network, times: Times | None) -> Budget:
     if times is None:
         return Budget(everything, context.settings.target_flops)
     cost = TimeCost.of(times.table, times.kinds, everything.opened)
-    found: Allowed[TimeCost] = Allowed(
-        cost, everything.groups, everything.open, everything.round_to, everything.min_width, everything.went
-    )
+    rest = (everything.groups, everything.open, everything.round_to, everything.min_width)
+    found: Allowed[TimeCost] = Allowed(cost, *rest, went=everything.went, nested=everything.nested)
     share, asked = _share(context.settings.target_latency, times.table)
     kept = found.cost_of(plan_widths(network.before)) / cost.dense if network.before else 1.0
     if share >= kept:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kcrprune.families import Group, Key
+from kcrprune.families import Group, Key, Stream, streams_of
 from kcrprune.families.contract import class_name
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import PER_HEAD, ChannelPlan
@@ -19,12 +19,13 @@ HERE: Final = "branch"  # what a branch is called that stands alone
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch module, its groups, and what it was called with."""
+    """A branch module, its groups, and what it was called with; nested: it keeps the first channels of its stream."""
 
     module: nn.Module
     groups: tuple[Group, ...]
     args: tuple[Any, ...]
     keywords: Mapping[str, Any]
+    nested: bool = False
 
     @property
     def kind(self) -> str:
@@ -43,7 +44,11 @@ class Branch:
                 stay = range(heads["heads"] if group.axis in PER_HEAD else group.heads)
                 kept.append(kept_of(_moved(group), stay, [range(widths[group.key] // group.span)] * len(stay)))
         groups = tuple(map(_moved, self.groups))
-        cut = cut_(holder, ChannelPlan(architecture=None, groups=tuple(kept)), groups).get_submodule(HERE)
+        streams = [Stream(g.width, (*g.writers, *g.readers)) for g in groups if g.wide and self.nested]
+        plan = ChannelPlan(
+            architecture=None, groups=tuple(kept), stream=tuple(tuple(range(stream.width)) for stream in streams)
+        )
+        cut = cut_(holder, plan, groups, streams).get_submodule(HERE)
         return lambda: cut(*self.args, **self.keywords)
 
 
@@ -80,10 +85,12 @@ def branches_of(
     """
     kinds: dict[str, str] = {}
     found: dict[str, Branch] = {}
+    streams = streams_of(model)
 
     def watch(site: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, keywords: Any) -> None:
-            branch = Branch(module, sites[site], args, keywords)
+            nested = any(stream.holds(group) for stream in streams for group in sites[site])
+            branch = Branch(module, sites[site], args, keywords, nested)
             kinds[site] = branch.kind
             found.setdefault(branch.kind, branch)
 

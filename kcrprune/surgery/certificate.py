@@ -17,6 +17,7 @@ from kcrprune.families import Group, Key, Slot, owner_of
 from kcrprune.families.contract import class_name
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan, Kept
+from kcrprune.surgery.arranged import arranged
 from kcrprune.surgery.constant import Constant
 from kcrprune.surgery.gated import add_gates_, harden_
 from kcrprune.surgery.narrow import cut_, keep_all, positions
@@ -44,8 +45,11 @@ def certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, im
 def require_certificate(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, images: Any) -> None:
     """UnsupportedModelError names a group whose closed channels the network sees; all are tried at once first.
 
-    So it does a branch that goes as a whole and would leave more than the constant that is put in its place.
+    So it does a branch that goes as a whole and would leave more than the constant that is put in its place, and a plan
+    that sets an order of streams in which the network answers something else.
     """
+    if plan.stream is not None:
+        _require_same(model, arranged(model, groups, plan)[0], images)
     masked = _masked(model, groups, plan)
     with _constants_left(model, masked, [group for group in groups if group.site in plan.gone]):
         expected = masked(images)
@@ -81,6 +85,17 @@ def _constants_left(model: nn.Module, masked: nn.Module, gone: Sequence[Group]) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _require_same(model: nn.Module, other: nn.Module, images: Any) -> None:
+    """UnsupportedModelError where a network whose streams stand in another order does not answer what it did."""
+    expected = model(images)
+    distance = float((other(images) - expected).abs().max())
+    if not distance <= AGREEMENT * float(expected.abs().max()):
+        raise UnsupportedModelError(
+            f"the stream of this {type(model).__name__} is not what is known of its class: in another order of its "
+            f"channels the output moves by {distance:.1e}; leave mlp_io out of --axes"
+        )
 
 
 @torch.no_grad()

@@ -10,53 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from kcrprune.errors import PlanMismatchError
-from kcrprune.families import SLIM, Group, Slot, groups_of, owner_of
-from kcrprune.families.linears import Linear
+from kcrprune.families import SLIM, Group, Slot, Stream, groups_of, owner_of, streams_of
 from kcrprune.plan import PER_HEAD, ChannelPlan, Kept
 from kcrprune.surgery.constant import leave_constant_
 from kcrprune.surgery.norm import GatedNorm
+from kcrprune.surgery.subsets import FirstReader, FirstWriter, GatherLinear, ScatterLinear
 from kcrprune.surgery.swap import linear_at, swap_
 
 COUNTS = ("num_heads", "num_attention_heads")  # how modules of others call the number of their heads
 
 IndexMap = dict[str, dict[int, list[int]]]  # of each tensor that a plan cuts: what it keeps of each dimension
-
-
-class GatherLinear(nn.Linear):
-    """A linear over some channels of its input; `index` (I,) says which."""
-
-    index: Tensor
-
-    def __init__(self, linear: Linear, index: Sequence[int]) -> None:
-        super().__init__(len(index), len(linear.weight), linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.register_buffer("index", torch.tensor(index, device=linear.weight.device))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., D) to (..., out)."""
-        return super().forward(input.index_select(-1, self.index))
-
-
-class ScatterLinear(nn.Linear):
-    """A linear that writes some channels of its output and zero to the others.
-
-    `index` (D,) names for every output channel the row that writes it, or I for none: the rows are padded by one
-    zero channel and gathered, so that an exported graph has a Gather and no Scatter.
-    """
-
-    index: Tensor
-
-    def __init__(self, linear: Linear, rows: Sequence[int], width: int) -> None:
-        super().__init__(linear.weight.shape[1], len(rows), linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        index = torch.full((width,), len(rows), device=linear.weight.device)
-        index[list(rows)] = torch.arange(len(rows), device=index.device)
-        self.register_buffer("index", index)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) to (..., D)."""
-        rows = super().forward(input)  # (..., I)
-        return nn.functional.pad(rows, (0, 1)).index_select(-1, self.index)
 
 
 def full_plan(model: nn.Module, architecture: str | None) -> ChannelPlan:
@@ -79,20 +42,23 @@ def keep_all(group: Group) -> Kept:
     )
 
 
-def cut_(model: nn.Module, plan: ChannelPlan, groups: Sequence[Group] | None = None) -> nn.Module:
-    """Cuts a dense model down to a plan, in place, and returns it; `groups` are its own where they are known.
+def cut_(
+    model: nn.Module,
+    plan: ChannelPlan,
+    groups: Sequence[Group] | None = None,
+    streams: Sequence[Stream] | None = None,
+) -> nn.Module:
+    """Cuts a dense model down to a plan, in place, and returns it; `groups` and `streams` are its own where known.
 
-    PlanMismatchError where the plan was made for other groups or widths; the model is then untouched.
+    PlanMismatchError where the plan was made for other groups, widths or streams; the model is then untouched.
     """
     groups = groups_of(model) if groups is None else groups
+    streams = _streams(model, groups, plan) if streams is None else streams
     _check(groups, plan)
+    _check_streams(groups, streams, plan)
     entries = {kept.key: kept for kept in plan.groups}
-    index = index_map(model, groups, plan)
+    index = index_map(model, groups, plan, streams)
     gone = {group.site: group for group in groups if group.site in plan.gone}
-    for site, group in gone.items():
-        _shrink_(model, f"{group.constant}.weight", {1: []})
-        leave_constant_(model, group)
-        index = {name: dims for name, dims in index.items() if not name.startswith(f"{site}.")}
     groups = [group for group in groups if group.site not in gone]
     for site in dict.fromkeys(group.site for group in groups if group.axis == "heads"):
         query, value = (entries[site, axis] for axis in PER_HEAD)
@@ -104,8 +70,16 @@ def cut_(model: nn.Module, plan: ChannelPlan, groups: Sequence[Group] | None = N
         if group.told:
             setattr(model.get_submodule(group.site), group.told, entries[group.key].kept_width)
         if group.wide and not entries[group.key].is_all:
-            _index_(model, group, entries[group.key].channels[0])
+            first = any(stream.holds(group) for stream in streams)
+            _index_(model, group, None if first else entries[group.key].channels[0])
+    for group in gone.values():
+        leave_constant_(model, group)
     return model
+
+
+def _streams(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> tuple[Stream, ...]:
+    """The streams whose order a plan sets."""
+    return () if plan.stream is None else streams_of(model, groups)
 
 
 def _narrow_attention_(model: nn.Module, site: str, query: Kept, value: Kept) -> None:
@@ -153,8 +127,23 @@ def close_norms_(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     return model
 
 
-def index_map(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> IndexMap:
-    """What a plan keeps of every tensor that it cuts, by the tensor's name in the model."""
+def index_map(
+    model: nn.Module, groups: Sequence[Group], plan: ChannelPlan, streams: Sequence[Stream] | None = None
+) -> IndexMap:
+    """What a plan keeps of every tensor that it cuts, by the tensor's name in the model, and in which order.
+
+    `streams` are those of the model whose order the plan sets, where they are known; with () all stays in order.
+    """
+    index = _orders(model, _streams(model, groups, plan) if streams is None else streams, plan)
+    for name, dims in _lost(model, groups, plan).items():
+        of_one = index.setdefault(name, {})
+        for dim, lost in dims.items():
+            of_one[dim] = [i for i in of_one.get(dim, range(_tensor(model, name).shape[dim])) if i not in lost]
+    return index
+
+
+def _lost(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> dict[str, dict[int, set[int]]]:
+    """What a plan takes of every tensor that it cuts."""
     gone: dict[str, dict[int, set[int]]] = {}
     entries = {kept.key: kept for kept in plan.groups}
 
@@ -171,12 +160,19 @@ def index_map(model: nn.Module, groups: Sequence[Group], plan: ChannelPlan) -> I
         kept = entries[group.key]
         for slot in (*group.writers, *group.readers):
             leave_out(slot, positions(slot, keep_all(group)) - positions(slot, kept))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    sizes = {name: tensors[name].shape for name in gone}
-    return {
-        name: {dim: [i for i in range(sizes[name][dim]) if i not in lost] for dim, lost in dims.items()}
-        for name, dims in gone.items()
-    }
+    return gone
+
+
+def _orders(model: nn.Module, streams: Sequence[Stream], plan: ChannelPlan) -> IndexMap:
+    """In which order the channels of the streams stand in each tensor that holds them; without what stays in place."""
+    found: IndexMap = {}
+    for stream, order in zip(streams, plan.stream or (), strict=False):
+        for slot in stream.slots if any(channel != place for place, channel in enumerate(order)) else ():
+            for name in _tensors(model, slot):
+                size = _tensor(model, name).shape[slot.dim]
+                index = found.setdefault(name, {}).setdefault(slot.dim, list(range(size)))
+                index[slot.start : slot.start + stream.width] = [slot.start + channel for channel in order]
+    return found
 
 
 def positions(slot: Slot, kept: Kept) -> set[int]:
@@ -195,6 +191,26 @@ def _tensors(model: nn.Module, slot: Slot) -> list[str]:
         return [slot.owner]
     own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
     return [f"{slot.owner}.{name}" for name, tensor in own if name != "index" and tensor.ndim > slot.dim]
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)
+
+
+def _check_streams(groups: Sequence[Group], streams: Sequence[Stream], plan: ChannelPlan) -> None:
+    """PlanMismatchError where the orders are no network's, or a group keeps others than the first of its stream."""
+    orders = plan.stream or ()
+    if [stream.width for stream in streams] != [len(order) for order in orders]:
+        theirs, own = ([*map(len, orders)], [stream.width for stream in streams])
+        raise PlanMismatchError(f"the plan sets the order of streams of {theirs} channels; this network has {own}")
+    kept = {entry.key: {channel for of_head in entry.channels for channel in of_head} for entry in plan.groups}
+    for stream, order in zip(streams, orders, strict=True):
+        for group in groups:
+            if stream.holds(group) and kept[group.key] != set(order[: len(kept[group.key])]):
+                raise PlanMismatchError(
+                    f"{group.axis} of {group.site!r}: the plan keeps others than the stream's first channels"
+                )
 
 
 def _check(groups: Sequence[Group], plan: ChannelPlan) -> None:
@@ -245,8 +261,7 @@ def _units(group: Group, channels: Sequence[int]) -> list[int]:
 def _shrink_(model: nn.Module, name: str, dims: Mapping[int, list[int]]) -> None:
     """Leaves of one tensor what is kept, and tells its module."""
     module_name, _, key = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    tensor = getattr(module, key)
+    module, tensor = model.get_submodule(module_name), _tensor(model, name)
     kept = tensor.detach()
     for dim, index in dims.items():
         kept = kept.index_select(dim, torch.tensor(index, dtype=torch.long, device=kept.device))
@@ -268,12 +283,18 @@ def _tell_(module: nn.Module) -> None:
         module.normalized_shape = tuple(module.weight.shape)  # type: ignore[arg-type,union-attr]
 
 
-def _index_(model: nn.Module, group: Group, kept: Sequence[int]) -> None:
-    """Lets the readers of the stream gather their channels, and the writers scatter theirs."""
+def _index_(model: nn.Module, group: Group, kept: Sequence[int] | None) -> None:
+    """Lets the readers of the stream take their channels, and the writers give theirs; None: the first ones."""
     for slot in group.readers:
-        swap_(model, slot.owner, GatherLinear(linear_at(model, slot.owner), kept))
+        reader = linear_at(model, slot.owner)
+        swap_(model, slot.owner, FirstReader(reader) if kept is None else GatherLinear(reader, kept))
     for slot in group.writers:
-        swap_(model, slot.owner, ScatterLinear(linear_at(model, slot.owner), kept, group.width))
+        writer = linear_at(model, slot.owner)
+        swap_(
+            model,
+            slot.owner,
+            FirstWriter(writer, group.width) if kept is None else ScatterLinear(writer, kept, group.width),
+        )
 
 
 def _scatter_(whole: Tensor, part: Tensor, dims: Mapping[int, list[int]]) -> None:

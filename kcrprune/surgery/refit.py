@@ -23,6 +23,7 @@ from kcrprune.families import Group, classifiers
 from kcrprune.families.given import glimpse, shown
 from kcrprune.families.linears import channels_last, is_linear
 from kcrprune.plan import ChannelPlan
+from kcrprune.surgery.arranged import arranged
 from kcrprune.surgery.balance import scale_of
 from kcrprune.surgery.fits import Fit, fits_of, rows_of
 from kcrprune.surgery.kept import Keep, on
@@ -74,14 +75,16 @@ def refit_(
     """Refits the linears of `pruned`, which was cut out of `dense`, towards `dense` on `batches` of images.
 
     `groups` are those of the dense model, in the order of its forward pass. The channels of a head must mean the same
-    in both, so where heads were rotated `dense` is the rotated network. `fit_block` is called after the linears of each
-    block, and may bring the block as a whole nearer to the dense stream. The dense network runs once, in all; but the
-    linears of a block that no stream leads through are fitted to their own dense outputs, each in a pass of its own.
+    in both, so where heads were rotated `dense` is the rotated network; its streams are brought to the plan's order
+    here. `fit_block` is called after the linears of each block, and may bring the block as a whole nearer to the dense
+    stream. The dense network runs once, in all; but the linears of a block that no stream leads through are fitted to
+    their own dense outputs, each in a pass of its own.
     Memory: two residual streams of all images, and while a block is refitted one more for each of its branches but the
     last, and for each input of its linears and each of its branches in the dense network; all where `keep` puts
     them; None: on the device of the networks. The first `begin` blocks of `pruned` are refitted already.
     """
     device = next(pruned.parameters()).device
+    dense, plan = arranged(dense, groups, plan)
     blocks = list(dict.fromkeys(group.block for group in groups))
     steps = walk(dense, blocks, [images.to(device, non_blocking=True) for images in shown(batches)])
     kept = index_map(dense, groups, plan)

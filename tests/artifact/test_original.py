@@ -18,7 +18,7 @@ from kcrprune.plan import AXES
 from kcrprune.surgery.narrow import cut_
 from tests.checkpoints import ways
 from tests.checkpoints.foreign import FOREIGN, TWO, Foreign
-from tests.tiny import random_plan
+from tests.tiny import nested_plan, random_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the foreign libraries' own, when they build and save
 
@@ -68,6 +68,28 @@ def test_in_its_old_shapes_the_file_opens_again_and_computes_what_the_cut_networ
     expected: Any = opened.model
     images = torch.randn(2, 3, foreign.size, foreign.size, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(again.forward_features(images), expected.forward_features(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_channels_of_the_stream_come_back_in_their_old_order(tmp_path):
+    path = ways.torch_file()(ways.timm_vit()(), tmp_path)
+    opened = open_model(path, **TWO)
+    plan = nested_plan(opened.model, opened.architecture.name, seed=6, going=0)
+    assert plan.stream
+    opened = replace(opened, model=cut_(copy.deepcopy(opened.model), plan), plan=plan)
+    written = put_back(opened, path, None, tmp_path / "out", keep_shapes=True)
+    again: Any = open_model(written.path, **TWO).model
+    expected: Any = opened.model
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ours = again.forward_features(images)[..., list(plan.stream[0])]
+    torch.testing.assert_close(ours, expected.forward_features(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again(images), expected(images), rtol=1e-4, atol=1e-4)
+    small = torch.load(put_back(opened, path, tmp_path / "small.pth", tmp_path, keep_shapes=False).path)
+    hidden = {kept.site: kept.kept_width for kept in plan.groups if kept.axis == "mlp_hidden"}
+    assert any(width < 96 for width in hidden.values())
+    for site, width in hidden.items():
+        assert small[f"{site}.fc2.weight"].shape == (24, width), "zeros where rows were cut"
+    torch.testing.assert_close(small["blocks.1.norm2.weight"], again.blocks[1].norm2.weight)
 
 
 def test_a_detector_gets_its_narrow_backbone_and_keeps_everything_else(tmp_path):

@@ -20,10 +20,10 @@ from kcrprune.measure.macs import count_macs, count_parameters
 from kcrprune.measure.report import block_widths
 from kcrprune.plan import Preprocessing, canonical_json
 from kcrprune.surgery.narrow import cut_
-from tests.tiny import TINY, random_plan
+from tests.tiny import TINY, nested_plan, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
-EXPORTED = ("dinov2_reg4 dense", "deit_distilled pruned", "swin_padded pruned")
+EXPORTED = ("dinov2_reg4 dense", "deit_distilled pruned", "swin_padded nested")
 
 
 @cache
@@ -32,7 +32,8 @@ def network(label):
     name, state = label.split()
     tiny = BY_LABEL[name]
     model = tiny.model()
-    plan = random_plan(model, tiny.architecture.name, seed=1) if state == "pruned" else None
+    plan = {"dense": None, "pruned": random_plan, "nested": nested_plan}[state]
+    plan = plan and plan(model, tiny.architecture.name, seed=1)
     return tiny, cut_(model, plan) if plan else model, plan
 
 

@@ -16,7 +16,8 @@ from kcrprune.artifact.artifact import open_model
 from kcrprune.errors import BudgetError
 from kcrprune.families import Group, Key, Slot, contract_of
 from kcrprune.families.contract import Contract
-from kcrprune.method.budget import WINDOW, Allowed, Scores, require_reachable, solve
+from kcrprune.method.allowed import Allowed, require_reachable
+from kcrprune.method.budget import WINDOW, Scores, solve
 from kcrprune.method.cost import MacCost, Side, Term, dense_widths, kept_count, plan_widths
 from kcrprune.plan import AXES, PER_HEAD, Axis, ChannelPlan
 from tests.tiny import TINY, Tiny, cost_of
@@ -94,6 +95,24 @@ def test_within_an_axis_the_best_channels_are_kept(seed):
             score = scores[kept.key][head] if kept.axis in PER_HEAD else scores[kept.key]
             lost = sorted(set(range(kept.width)) - set(channels))
             assert not lost or score[list(channels)].min() >= score[lost].max()
+
+
+@MANY
+@given(seed=st.integers(0, 2**16), alike=st.booleans())
+def test_groups_of_a_stream_keep_the_first_of_its_channels_in_one_order(seed, alike):
+    allowed = allowed_for(VIT, 3, ("mlp_io", "mlp_hidden"))
+    io = [group.key for group in allowed.groups if group.axis == "mlp_io"]
+    nested, scores = replace(allowed, nested=(frozenset(io),)), dict(random_scores(allowed.groups, seed))
+    if alike:
+        scores |= {key: scores[io[0]] * (index + 1) for index, key in enumerate(io)}
+    plan, free = (solve(each, scores, 0.5, "x") for each in (nested, allowed))
+    assert plan.stream
+    assert all(set(kept.channels[0]) == set(plan.stream[0][: kept.kept_width]) for kept in plan if kept.key in io)
+    assert 0.5 - WINDOW < allowed.cost.predicted(plan) / allowed.cost.dense <= 0.5
+    assert free.stream is None
+    assert not alike or plan.groups == free.groups, "one order serves all, so nothing is lost by it"
+    hidden = replace(nested, open=frozenset(key for key in nested.open if key not in io))
+    assert solve(hidden, scores, 0.7, "x") == solve(replace(hidden, nested=()), scores, 0.7, "x"), "as it was"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from kcrprune.errors import BudgetError, ConfigError
 from kcrprune.families import Group
 from kcrprune.families.contract import Contract
 from kcrprune.measure.times import BranchTimes, TimeTable
-from kcrprune.method.budget import Allowed, require_reachable
+from kcrprune.method.allowed import Allowed, require_reachable
 from kcrprune.method.cost import MacCost, Side, Term, kept_count, plan_widths, with_width
 from kcrprune.method.gates import temperature_at
 from kcrprune.method.time_cost import TimeCost

@@ -188,7 +188,7 @@ def test_what_exists_is_never_touched_and_what_fails_leaves_nothing(checkpoint: 
     ("tiny", "axes"),
     [
         (TINY[0], ("heads", "mlp_hidden")),
-        (TINY[6], ("mlp_io", "mlp_hidden", "attn_query", "attn_value", "heads")),
+        (TINY[6], ("mlp_io",)),
         (TINY[10], ("mlp_hidden", "attn_value")),
     ],
     ids=["vit_heads", "swin_padded", "eva02_scaled"],
@@ -197,6 +197,9 @@ def test_a_run_is_cut_on_towards_a_share_of_the_original(tiny: Tiny, axes: tuple
     dense = save(tiny, tmp_path / "dense.safetensors")
     short = SHORT.model_copy(update={"axes": axes, "search_steps": 0, "recover_steps": 0})
     first = pipeline.compress(dense, short.model_copy(update={"round_to": 1}), tmp_path / "first", ignore)
+    plan = open_model(first.folder).plan
+    assert plan is not None
+    assert (plan.stream is not None) == ("mlp_io" in axes), "the streams stand in an order of their own"
     on = short.model_copy(update={"target_flops": 0.7, "round_to": 1, "dtype": "float16"})
     second = pipeline.compress(first.folder, on, tmp_path / "second", ignore)
     [whole, once, twice] = pipeline.report([dense, first.folder, second.folder], listener=ignore)

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kcrprune.errors import UnsupportedModelError
 from kcrprune.families import Group, Key, groups_of
 from kcrprune.method.budget import kept_of
 from kcrprune.plan import ChannelPlan
 from kcrprune.surgery.certificate import certificate, require_certificate
-from tests.tiny import TINY, Tiny, random_plan
+from tests.tiny import TINY, Tiny, nested_plan, random_plan
 
 BY_LABEL = {tiny.label: tiny for tiny in TINY}
 
@@ -66,6 +67,22 @@ def test_a_branch_that_leaves_more_than_its_bias_cannot_go(tiny_vit: Tiny):
     model.blocks[1].attn.proj_drop = torch.nn.Tanh()  # behind what closed channels reach
     with pytest.raises(UnsupportedModelError, match=r"'blocks.1.attn' \(Attention\) gives more than the bias"):
         require_certificate(model, groups_of(model), plan, tiny_vit.images())
+
+
+def test_a_stream_that_is_mixed_where_nobody_knows_is_found(tiny_vit: Tiny):
+    model: Any = tiny_vit.model().eval()
+    groups, plan = groups_of(model), nested_plan(model, "tiny", 4)
+    require_certificate(model, groups, plan, tiny_vit.images())
+    model.pos_drop = Mixing()
+    with pytest.raises(UnsupportedModelError, match=r"the stream of this VisionTransformer .* leave mlp_io out of"):
+        require_certificate(model, groups, plan, tiny_vit.images())
+
+
+class Mixing(nn.Module):
+    """Has no tensor, and takes a channel's neighbour for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.roll(1, -1)
 
 
 def half_of_the_queries(groups: tuple[Group, ...]) -> ChannelPlan:
