@@ -137,11 +137,11 @@ def test_of_a_block_with_several_branches_of_a_kind_each_stands_alone():
     }
 
 
-def test_a_plan_is_data_in_order_with_room_for_a_permutation():
+def test_a_plan_is_data_in_order_with_orders_of_streams():
     found = plan(HIDDEN, QUERY)
     assert [kept.key for kept in found] == [("blocks.0.mlp", "mlp_hidden"), ("blocks.0.attn", "attn_query")]
     assert found.stream is None
-    assert plan(HIDDEN, stream=[1, 0]).stream == (1, 0)
+    assert plan(HIDDEN, stream=[[1, 0]]).stream == ((1, 0),)
     assert Kept.model_validate(HIDDEN).heads == 1
     assert Kept.model_validate(HIDDEN).kept_heads == (0,)
     assert plan().is_all
