@@ -10,7 +10,6 @@ import timm
 import torch
 from timm.layers.attention import Attention
 from timm.models import crossvit, davit, edgenext, gcvit, hieradet_sam2, nest, volo
-from timm.models.gcvit import WindowAttentionGlobal
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,18 +44,10 @@ class Gated(nn.Module):
         return self.attn(self.embed(images).flatten(2).transpose(1, 2))
 
 
-class Windows(nn.Module):
-    """GC ViT's attention inside a window, its q made elsewhere or not."""
-
-    def __init__(self, *, use_global: bool) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 24, 8, 8)
-        self.made = nn.Linear(24, 24)
-        self.attn = WindowAttentionGlobal(24, 2, (4, 4), use_global=use_global)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.embed(images).flatten(2).transpose(1, 2)
-        return self.attn(x, self.made(x))
+def gc_vit() -> nn.Module:
+    """GC ViT, every second block of whose stages takes a q that is made for the whole image."""
+    sizes: Any = {"window_size": (4, 2), "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+    return gcvit.GlobalContextVit(img_size=(32, 32), **sizes)
 
 
 CROSSVIT: Any = crossvit.CrossVit  # its norm_layer is declared a class and is a partial
@@ -150,8 +141,7 @@ RELATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         ),
         64,
     ),
-    "windows": (partial(Windows, use_global=False), 32),
-    "windows with q for all": (partial(Windows, use_global=True), 32),
+    "gc vit": (gc_vit, 32),
     "hiera of sam 2": (
         partial(
             hieradet_sam2.HieraDet,

@@ -175,12 +175,13 @@ class SlimGlobal(SlimAttention, WindowAttentionGlobal):
         tell_positions_(self.rel_pos, len(heads))
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
-        """Attention inside each window over (B * windows, N, D), `q_global` (B, N, D)."""
+        """Attention inside each window over (B * windows, N, D), `q_global` (B, N, D) or (B, height, width, D)."""
         if q_global is None or not self.use_global:
             q, k, v = self.split(self.qkv(x))
         else:
             k, v = split_pair(self, self.qkv(x))
-            q: Any = self.of_kept_heads(q_global.unflatten(-1, (-1, self.query_dim)).transpose(1, 2))
+            by_token = q_global.flatten(1, -2).unflatten(-1, (-1, self.query_dim))
+            q: Any = self.of_kept_heads(by_token.transpose(1, 2))
             q = q.repeat_interleave(len(x) // len(q), dim=0)
         return self.project(self.attend_in_windows(q * self.scale, k, v, self.rel_pos.get_bias()[0], None))
 
