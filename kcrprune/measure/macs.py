@@ -85,6 +85,12 @@ def _convolution_macs(args: Any, result: Any) -> int:
     return (args[0] if turned else result).numel() * prod(args[1].shape[1:])
 
 
+def _recurrent_macs(args: Any, result: Any) -> int:
+    """Of a layer or more, in one direction or two: each weight once a step of each sequence."""
+    given = args[1] if isinstance(args[1], list | tuple) else args[1:3]  # cuDNN takes all of them at once
+    return prod(args[0].shape[:2]) * sum(weight.numel() for weight in given if weight.ndim == 2)
+
+
 PRODUCTS: Final[dict[str, Callable[[Any, Any], int]]] = {  # aten's, of (arguments, result)
     "mm": lambda args, result: result.numel() * args[0].shape[-1],
     "bmm": lambda args, result: result.numel() * args[0].shape[-1],
@@ -94,6 +100,8 @@ PRODUCTS: Final[dict[str, Callable[[Any, Any], int]]] = {  # aten's, of (argumen
     "baddbmm": lambda args, result: result.numel() * args[1].shape[-1],
     "convolution": _convolution_macs,
     "_convolution": _convolution_macs,
+    "mkldnn_rnn_layer": _recurrent_macs,
+    "_cudnn_rnn": _recurrent_macs,
 }
 
 

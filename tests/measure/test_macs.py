@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kcrprune.errors import UnsupportedModelError
-from kcrprune.measure.macs import count_macs, counting, require_counted
+from kcrprune.measure.macs import PRODUCTS, count_macs, counting, require_counted
 
 
 class Does(nn.Module):
@@ -102,6 +102,12 @@ def test_one_image_is_counted_and_training_comes_back():
     assert all(module.training for module in model.modules())
 
 
-def test_a_product_inside_a_library_is_named():
-    with pytest.raises(UnsupportedModelError, match=r"lstm|rnn"):
-        count_macs(nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4)), (3, 4, 4))
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_a_recurrence_costs_its_weights_at_every_step(kind, gates):
+    once = gates * (6 + 5) * 5 + gates * (2 * 5 + 5) * 5  # two layers; the second reads both directions
+    assert counted(kind(6, 5, 2, bidirectional=True, batch_first=True), torch.ones(3, 4, 6)) == 3 * 4 * 2 * once
+
+
+def test_what_a_library_takes_at_once_costs_the_same():
+    weights = [torch.ones(20, 6), torch.ones(20, 5), torch.ones(20), torch.ones(20)]
+    assert PRODUCTS["_cudnn_rnn"]((torch.ones(4, 3, 6), weights), None) == 4 * 3 * (20 * 6 + 20 * 5)
