@@ -9,38 +9,28 @@ Markdown rows; images are CIFAR-10, by checksum.
 
 import argparse
 import sys
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fetch
-import torch
-from common import WEIGHTS, first_images
-from latency import row, speed
+from common import WEIGHTS, first_images, parser_of_several
+from latency import count_own_time, row, speed
 
 import kcrprune
 from kcrprune.artifact.artifact import open_model
-from kcrprune.measure import timing
-from kcrprune.run import pricing, timed
 
 TEST_IMAGES = 2000
 
 
 def main() -> None:
     """Prints the rows of the networks that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", choices=["deit", "swin", "tiny_vit"])
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.35, 0.25, 0.2])
+    parser = parser_of_several(__doc__, [0.35, 0.25, 0.2])
     parser.add_argument("--widths", type=float, nargs="+", default=[0.05, 0.0], help="smallest ones, of an axis")
     parser.add_argument("--time", action="store_true", help="targets are shares of the time")
     parser.add_argument("--batch", type=int, default=8, help="images at once that are timed")
     parser.add_argument("--seconds", type=float, default=8.0, help="of the thread, for each comparison")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    pricing.in_turn = timed.in_turn = partial(timing.in_turn, clock=time.thread_time)  # type: ignore[assignment]
+    count_own_time()
     data = first_images(fetch.cifar10(arguments.cache), arguments.out / "images", TEST_IMAGES)
     for network in arguments.networks:
         for target in arguments.targets:

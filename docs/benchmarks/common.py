@@ -25,6 +25,16 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parser_of_several(description: str | None, targets: Sequence[float]) -> argparse.ArgumentParser:
+    """What a script is told that measures networks of this folder at several targets."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+", choices=["deit", "swin", "tiny_vit"])
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--targets", type=float, nargs="+", default=list(targets))
+    return parser
+
+
 def first_images(data: Path, folder: Path, count: int) -> Path:
     """An image folder of links to all training images and to the first `count` test images of `data`.
 

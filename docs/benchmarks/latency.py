@@ -16,7 +16,7 @@ from typing import Any
 
 import fetch
 import torch
-from common import WEIGHTS, first_images
+from common import WEIGHTS, first_images, parser_of_several
 
 import kcrprune
 from kcrprune.artifact.artifact import open_model
@@ -30,23 +30,23 @@ TEST_IMAGES = 2000
 
 def main() -> None:
     """Prints the rows of the networks that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", choices=["deit", "swin", "tiny_vit"])
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
+    parser = parser_of_several(__doc__, [0.7, 0.5])
     parser.add_argument("--batch", type=int, default=8, help="images at once that are timed")
     parser.add_argument("--seconds", type=float, default=8.0, help="of the thread, for each comparison")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    own_time = partial(timing.in_turn, clock=time.thread_time)
-    pricing.in_turn = timed.in_turn = own_time  # type: ignore[assignment]
+    count_own_time()
     data = first_images(fetch.cifar10(arguments.cache), arguments.out / "images", TEST_IMAGES)
     for network in arguments.networks:
         for target in arguments.targets:
             for row in compared(network, target, data, arguments):
                 sys.stdout.write(row + "\n")
                 sys.stdout.flush()
+
+
+def count_own_time() -> None:
+    """From here on one thread works, and its own processor time is what is measured."""
+    torch.set_num_threads(1)
+    pricing.in_turn = timed.in_turn = partial(timing.in_turn, clock=time.thread_time)  # type: ignore[assignment]
 
 
 def compared(network: str, target: float, data: Path, arguments: argparse.Namespace) -> list[str]:

@@ -8,16 +8,14 @@ an image) on the 512 held-out images, before and after the refit, and agreement 
 images are CIFAR-10, by checksum.
 """
 
-import argparse
 import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import fetch
-from common import WEIGHTS, first_images
+from common import WEIGHTS, first_images, parser_of_several
 
 import kcrprune
 from kcrprune.families.contract import Contract
@@ -38,11 +36,7 @@ ASKED: Final[dict[str, Any]] = {
 
 def main() -> None:
     """Prints the rows of the networks that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", choices=["deit", "swin", "tiny_vit"])
-    parser.add_argument("--cache", type=Path, required=True, help="folder for what is fetched")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
+    parser = parser_of_several(__doc__, [0.7, 0.5])
     arguments = parser.parse_args()
     data = first_images(fetch.cifar10(arguments.cache).resolve(), arguments.out.resolve() / "images", TEST_IMAGES)
     for network in arguments.networks:

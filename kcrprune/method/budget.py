@@ -67,9 +67,7 @@ class _State:
         self.levels = {group.key: allowed.levels(group) for group in self.open}
         self.spans = {group.key: group.span for group in self.open}
         self.closing = allowed.closing
-        self.refused: list[
-            tuple[str, Widths]
-        ] = []  # moves that would overshoot, and so do as long as they are possible
+        self.refused: list[tuple[str, Widths]] = []  # moves that overshoot, and do so as long as they are possible
         self.scores = {group.key: scores[group.key].detach().double().cpu() for group in self.open}
         _require_finite(self.scores)
         self.orders = orders
