@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from kcrprune.families.linears import Linear
 
 
-class GatherLinear(nn.Linear):
+class _Owning(nn.Linear):
+    """Takes over the weight and bias of a linear that has been cut."""
+
+    def __init__(self, linear: Linear) -> None:
+        outputs, inputs = linear.weight.shape
+        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+class GatherLinear(_Owning):
     """A linear over some channels of its input; `index` (I,) says which."""
 
     index: Tensor
 
     def __init__(self, linear: Linear, index: Sequence[int]) -> None:
-        super().__init__(len(index), len(linear.weight), linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.register_buffer("index", torch.tensor(index, device=linear.weight.device))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,7 +35,7 @@ class GatherLinear(nn.Linear):
         return super().forward(input.index_select(-1, self.index))
 
 
-class ScatterLinear(nn.Linear):
+class ScatterLinear(_Owning):
     """A linear that writes some channels of its output and zero to the others.
 
     `index` (D,) names for every output channel the row that writes it, or I for none: the rows are padded by one
@@ -37,8 +45,7 @@ class ScatterLinear(nn.Linear):
     index: Tensor
 
     def __init__(self, linear: Linear, rows: Sequence[int], width: int) -> None:
-        super().__init__(linear.weight.shape[1], len(rows), linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         index = torch.full((width,), len(rows), device=linear.weight.device)
         index[list(rows)] = torch.arange(len(rows), device=index.device)
         self.register_buffer("index", index)
@@ -49,26 +56,19 @@ class ScatterLinear(nn.Linear):
         return nn.functional.pad(rows, (0, 1)).index_select(-1, self.index)
 
 
-class FirstReader(nn.Linear):
+class FirstReader(_Owning):
     """A linear over the first channels of its input."""
-
-    def __init__(self, linear: Linear) -> None:
-        outputs, inputs = linear.weight.shape
-        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., out)."""
         return super().forward(input[..., : self.in_features])
 
 
-class FirstWriter(nn.Linear):
+class FirstWriter(_Owning):
     """A linear that writes the first channels of its output, and zero to the others."""
 
     def __init__(self, linear: Linear, width: int) -> None:
-        outputs, inputs = linear.weight.shape
-        super().__init__(inputs, outputs, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.width = width
 
     def forward(self, input: Tensor) -> Tensor:
